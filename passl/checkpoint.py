@@ -1,0 +1,296 @@
+"""Files of weights and of whole runs: written atomically, read without executing anything, loaded with a strict report.
+
+A checkpoint is three files with one prefix: ``.pdparams`` (state of the method), ``.pdopt`` (state of the optimizer, keyed
+by structured parameter names) and ``.pdstates`` (step, metrics, versions, and the checksums of the other two). The last
+one is written last, so a set that has it and whose checksums agree is whole.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+import shutil
+import zlib
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Optional, Union
+
+import numpy as np
+import paddle
+from paddle import nn
+
+PARAMS, OPTIMIZER, STATES = ".pdparams", ".pdopt", ".pdstates"
+_BACKBONE_KEYS = {"teacher": "teacher.backbone.", "student": "student.backbone."}
+_PARAMETER_NAMES = "StructuredToParameterName@@"  # paddle.save adds this table to every state dict
+
+logger = logging.getLogger("passl")
+PathLike = Union[str, Path]
+
+
+class CheckpointError(ValueError):
+    """A file of weights that is missing, damaged, or does not fit; the text says which and what to do."""
+
+
+# --- reading -------------------------------------------------------------------------------------------------------
+
+
+class _NumpyUnpickler(pickle.Unpickler):
+    """Reads what ``paddle.save`` writes of numpy arrays and plain containers, and refuses every other global."""
+
+    _ALLOWED = {
+        ("multiarray", "_reconstruct"): np.array(0).__reduce__()[0],
+        ("multiarray", "scalar"): np.float64(0).__reduce__()[0],
+        ("numpy", "ndarray"): np.ndarray,
+        ("numpy", "dtype"): np.dtype,
+        ("collections", "OrderedDict"): OrderedDict,
+        ("builtins", "tuple"): tuple,
+    }
+
+    def find_class(self, module: str, name: str) -> Any:
+        # numpy 1 pickles "numpy.core.multiarray", numpy 2 "numpy._core.multiarray".
+        short = "multiarray" if module in ("numpy.core.multiarray", "numpy._core.multiarray") else module
+        if (short, name) not in self._ALLOWED:
+            raise CheckpointError(f"the file asks for {module}.{name}, which is no part of a file of weights: refused")
+        return self._ALLOWED[short, name]
+
+
+def read(path: PathLike) -> Any:
+    """The object in a file that ``paddle.save`` wrote, with numpy arrays for tensors; executes nothing in it.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, or holds anything but arrays and plain containers.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file{_neighbours(path)}")
+    try:
+        with path.open("rb") as file:
+            content = _NumpyUnpickler(file, encoding="latin1").load()
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    except (pickle.UnpicklingError, EOFError, ValueError, TypeError, AttributeError, IndexError, KeyError, MemoryError) as error:
+        raise CheckpointError(f"{path}: damaged, or not written by Paddle ({type(error).__name__}: {error})") from error
+    return _plain(content)
+
+
+def read_weights(prefix: PathLike) -> dict[str, np.ndarray]:
+    """The state dict in ``{prefix}.pdparams`` (the suffix may be given): name -> array."""
+    path = with_suffix(prefix, PARAMS)
+    state = read(path)
+    if not isinstance(state, dict) or not state or not all(isinstance(v, np.ndarray) for v in state.values()):
+        raise CheckpointError(f"{path}: holds no state dict (name -> array)")
+    return state
+
+
+def with_suffix(prefix: PathLike, suffix: str) -> Path:
+    """``prefix`` with ``suffix``; a prefix that carries one of the checkpoint suffixes already loses it first."""
+    text = str(prefix)
+    for known in (PARAMS, OPTIMIZER, STATES):
+        if text.endswith(known):
+            text = text[: -len(known)]
+    return Path(text + suffix)
+
+
+def _plain(value: Any) -> Any:
+    """``value`` without Paddle's wrappings: (name, array) pairs become arrays, the table of parameter names goes."""
+    if isinstance(value, tuple) and len(value) == 2 and isinstance(value[0], str) and isinstance(value[1], np.ndarray):
+        return value[1]
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items() if key != _PARAMETER_NAMES}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_plain(item) for item in value)
+    return value
+
+
+def _neighbours(path: Path) -> str:
+    if not path.parent.is_dir():
+        return f" (nor is there a folder {path.parent})"
+    found = sorted(p.name for p in path.parent.glob(f"*{path.suffix}"))[:8]
+    return f"; the folder has {', '.join(found) if found else f'no {path.suffix} file'}"
+
+
+# --- loading into layers ---------------------------------------------------------------------------------------------
+
+
+@dataclass
+class LoadReport:
+    """What became of the keys of a file: loaded; in the layer only; in the file only; of another shape."""
+
+    matched: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    misshapen: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.matched)} of {len(self.matched) + len(self.missing) + len(self.misshapen)} keys matched"]
+        for title, keys in (("missing in the file", self.missing), ("of another shape", self.misshapen), ("only in the file", self.unexpected)):
+            if keys:
+                more = f" ... and {len(keys) - 20} more" if len(keys) > 20 else ""
+                lines.append(f"{len(keys)} {title}: {', '.join(keys[:20])}{more}")
+        return "; ".join(lines)
+
+
+def load_weights(layer: nn.Layer, state: Mapping[str, np.ndarray], source: PathLike = "the state dict") -> LoadReport:
+    """Copy ``state`` into ``layer``; every key must match in name and shape, else nothing is changed.
+
+    Raises:
+        CheckpointError: keys are missing, left over, or misshapen; the text lists them.
+    """
+    report = LoadReport(unexpected=sorted(set(state) - set(layer.state_dict())))
+    ready: dict[str, np.ndarray] = {}
+    for name, target in layer.state_dict().items():
+        if name not in state:
+            report.missing.append(name)
+            continue
+        value = np.asarray(state[name])
+        if tuple(value.shape) != tuple(target.shape):
+            report.misshapen.append(f"{name} (file {list(value.shape)}, layer {list(target.shape)})")
+            continue
+        report.matched.append(name)
+        ready[name] = value if target.dtype in (paddle.bfloat16,) else value.astype(_numpy_dtype(target))
+    if report.missing or report.unexpected or report.misshapen:
+        raise CheckpointError(f"{source} does not fit {type(layer).__name__}: {report}")
+    layer.set_state_dict(ready)
+    return report
+
+
+def backbone_state(state: Mapping[str, np.ndarray], which: str = "teacher") -> dict[str, np.ndarray]:
+    """The backbone's part of a state dict: of a whole DINO run (``which``: teacher or student), a probe, or a bare backbone."""
+    if which not in _BACKBONE_KEYS:
+        raise CheckpointError(f"checkpoint_key ({which!r}) must be one of {', '.join(_BACKBONE_KEYS)}")
+    for prefix in (_BACKBONE_KEYS[which], "backbone."):
+        part = {key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)}
+        if part:
+            return part
+    return dict(state)
+
+
+def _numpy_dtype(tensor: paddle.Tensor) -> np.dtype:
+    return np.dtype(str(tensor.dtype).rsplit(".", 1)[-1])
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------
+
+
+def write(value: Any, path: PathLike) -> None:
+    """``paddle.save`` that leaves either the whole new file or what was there before, whatever happens on the way."""
+    path = Path(path)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        paddle.save(value, str(partial), protocol=4)
+        with partial.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+class CheckpointStore:
+    """The checkpoints of one run in one folder: ``epoch_{n}`` and ``step_{n}`` sets, and ``latest`` and ``best``.
+
+    ``latest`` and ``best`` are hard links (copies where there are none) to a set that is whole by then, so a crash at any
+    moment leaves at least one whole set; :meth:`newest_intact` finds it.
+
+    Args:
+        folder: created when missing.
+        max_num_latest: how many ``epoch_{n}`` sets stay beside latest and best: 0 none, N the newest N, -1 all.
+    """
+
+    def __init__(self, folder: PathLike, max_num_latest: int = 0) -> None:
+        if max_num_latest < -1:
+            raise ValueError(f"max_num_latest_checkpoint ({max_num_latest}) must be -1 (all), 0 (none) or a number")
+        self.folder = Path(folder)
+        self.max_num_latest = max_num_latest
+
+    def save(self, name: str, params: Mapping, optimizer: Mapping, states: Mapping[str, Any], best: bool = False) -> None:
+        """Write the set ``name``, point ``latest`` (and ``best``) at it, and prune.
+
+        Raises:
+            OSError: the disk is full or read-only; the sets that were there before are as they were.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        prefix = self.folder / name
+        write(dict(params), with_suffix(prefix, PARAMS))
+        write(dict(optimizer), with_suffix(prefix, OPTIMIZER))
+        checksums = {suffix: _checksum(with_suffix(prefix, suffix)) for suffix in (PARAMS, OPTIMIZER)}
+        write({**states, "checksums": checksums}, with_suffix(prefix, STATES))
+        for alias in ["latest", "best"] if best else ["latest"]:
+            for suffix in (PARAMS, OPTIMIZER, STATES):
+                _link(with_suffix(prefix, suffix), self.folder / (alias + suffix))
+        self._prune()
+
+    def newest_intact(self) -> Optional[Path]:
+        """Prefix of the whole set with the highest step (``latest`` where it is one of them), None in an empty folder.
+
+        Raises:
+            CheckpointError: there are checkpoints, and none is whole.
+        """
+        candidates = []
+        for path in self.folder.glob(f"*{STATES}"):
+            prefix = with_suffix(path, "")
+            try:
+                candidates.append((read_states(prefix)["step"], prefix.name == "latest", prefix))
+            except CheckpointError as error:
+                logger.warning("checkpoint skipped: %s", error)
+        if candidates:
+            return max(candidates)[2]
+        if any(self.folder.glob(f"*{PARAMS}")):
+            raise CheckpointError(f"{self.folder}: no checkpoint in it is whole; start anew with another Global.output_dir")
+        return None
+
+    def _prune(self) -> None:
+        for path in self.folder.glob("*.partial"):
+            path.unlink(missing_ok=True)
+        sets = {with_suffix(p, "") for p in self.folder.glob(f"*{PARAMS}")}
+        epochs = sorted((p for p in sets if _number(p, "epoch_") is not None), key=lambda p: _number(p, "epoch_") or 0)
+        surplus = [p for p in sets if _number(p, "step_") is not None]
+        if self.max_num_latest >= 0:
+            surplus += epochs[: len(epochs) - self.max_num_latest]
+        for prefix in surplus:
+            for suffix in (STATES, OPTIMIZER, PARAMS):
+                with_suffix(prefix, suffix).unlink(missing_ok=True)
+
+
+def read_states(prefix: PathLike) -> dict[str, Any]:
+    """``{prefix}.pdstates``, once the other two files have been checked against it.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, or the three were not saved together.
+    """
+    states = read(with_suffix(prefix, STATES))
+    if not isinstance(states, dict) or "checksums" not in states or "step" not in states:
+        raise CheckpointError(f"{with_suffix(prefix, STATES)}: not the state of a passl run")
+    for suffix, expected in states["checksums"].items():
+        path = with_suffix(prefix, suffix)
+        if not path.is_file():
+            raise CheckpointError(f"{path}: no such file{_neighbours(path)}")
+        if _checksum(path) != expected:
+            raise CheckpointError(f"{path}: damaged, or not saved together with {Path(prefix).name}{STATES}")
+    return states
+
+
+def _checksum(path: Path) -> int:
+    value = 0
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 22):
+            value = zlib.crc32(chunk, value)
+    return value
+
+
+def _link(source: Path, target: Path) -> None:
+    partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
+    try:
+        os.link(source, partial)
+    except OSError:  # a file system without hard links
+        shutil.copyfile(source, partial)
+    os.replace(partial, target)
+
+
+def _number(prefix: Path, kind: str) -> Optional[int]:
+    name = prefix.name
+    return int(name[len(kind) :]) if name.startswith(kind) and name[len(kind) :].isdigit() else None
+
+

@@ -1,0 +1,156 @@
+"""The console commands. Paddle is imported only once there is something to run: ``--help`` answers at once."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Optional
+
+import passl
+
+CONFIG_ERROR, RUN_ERROR = 2, 1
+
+_TRAIN_HELP = """\
+Train what a configuration describes: DINO pre-training, or a linear probe on a frozen backbone.
+
+  passl-train -c configs/dino/dino_deit_small_patch16_224_pt_in1k_1n8c_dp_fp16o1.yaml
+  passl-train -c probe.yaml -o Global.pretrained_model=output/DINO/latest
+  passl-train -c pretrain.yaml -o Global.checkpoint=auto                  go on after a crash, bit for bit
+  python -m paddle.distributed.launch --devices 0,1,2,3 $(which passl-train) -c pretrain.yaml
+"""
+_EVAL_HELP = """\
+Score frozen weights with the evaluators of a configuration (KNN, Classification).
+
+  passl-eval -c configs/demo/knn.yaml -o Global.pretrained_model=output/DINO/latest
+"""
+_DATA_HELP = "Make and check data sets."
+
+
+def train_main(arguments: Optional[Sequence[str]] = None) -> None:
+    """``passl-train``"""
+    _run(_config_parser("passl-train", _TRAIN_HELP).parse_args(arguments), training=True)
+
+
+def eval_main(arguments: Optional[Sequence[str]] = None) -> None:
+    """``passl-eval``"""
+    _run(_config_parser("passl-eval", _EVAL_HELP).parse_args(arguments), training=False)
+
+
+def data_main(arguments: Optional[Sequence[str]] = None) -> None:
+    """``passl-data``"""
+    parser = _parser("passl-data", _DATA_HELP)
+    commands = parser.add_subparsers(dest="command", required=True)
+    demo = commands.add_parser(
+        "demo",
+        help="draw the demo data set: ten classes of shapes on clutter",
+        description="Draw the demo data set: ten classes of shapes; colour, pose, size, texture and clutter say nothing about the class.",
+    )
+    demo.add_argument("--out", type=Path, required=True, help="folder to make; gets train/<class>/*.png and val/<class>/*.png")
+    demo.add_argument("--train-per-class", type=int, default=200, help="training images of each class (default %(default)s)")
+    demo.add_argument("--val-per-class", type=int, default=50, help="validation images of each class (default %(default)s)")
+    demo.add_argument("--size", type=int, default=32, help="side of the images in pixels (default %(default)s)")
+    demo.add_argument("--seed", type=int, default=0, help="another seed draws other images (default %(default)s)")
+    options = parser.parse_args(arguments)
+    _make_demo(options)
+
+
+def _parser(name: str, description: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(name, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--version", action="version", version=f"passl {passl.__version__}")
+    return parser
+
+
+def _config_parser(name: str, description: str) -> argparse.ArgumentParser:
+    parser = _parser(name, description)
+    parser.add_argument("-c", "--config", required=True, metavar="FILE", help="YAML file, see configs/")
+    parser.add_argument(
+        "-o", "--override", action="append", default=[], metavar="A.B.0.C=VALUE",
+        help="change one value of the configuration, typed as in YAML; may be given many times",
+    )  # fmt: skip
+    parser.add_argument("--check", action="store_true", help="check the whole configuration, list every error, build nothing")
+    parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")
+    return parser
+
+
+def _run(options: argparse.Namespace, training: bool) -> None:
+    from passl.config import ConfigError, load, to_yaml
+
+    try:
+        config = load(options.config, options.override)
+        if options.print_config and not options.check:
+            print(to_yaml(config), end="")
+            return
+        _import_paddle()
+        from passl.engine import run
+
+        ready = run.checked(config, training)
+        if options.print_config:
+            print(to_yaml(config), end="")
+        if options.check:
+            print(f"{options.config}: ok", file=sys.stderr)
+            return
+    except ConfigError as error:
+        _stop(error, CONFIG_ERROR)
+    _guarded(run.train if training else run.evaluate_config, ready, config)
+
+
+def _guarded(function: object, *arguments: object) -> None:
+    """Run to the end; an error of the user's gets its message alone, any other its traceback."""
+    from passl.checkpoint import CheckpointError
+    from passl.config import ConfigError
+    from passl.data.loader import BadSamplesError
+    from passl.engine.trainer import NonFiniteLoss
+
+    try:
+        function(*arguments)
+    except ConfigError as error:
+        _stop(error, CONFIG_ERROR)
+    except (CheckpointError, BadSamplesError, NonFiniteLoss, OSError) as error:
+        _stop(error, RUN_ERROR)
+
+
+def _stop(error: Exception, code: int) -> None:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(code)
+
+
+def _import_paddle() -> None:
+    """Import Paddle on all cores of this process's share, without the warnings it prints about that and about ccache."""
+    # Paddle takes one thread unless told otherwise. Processes on one machine share its cores.
+    processes = int(os.environ.get("PADDLE_LOCAL_SIZE") or os.environ.get("PADDLE_TRAINERS_NUM") or 1)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(cores // max(processes, 1), 1)))
+    warnings.filterwarnings("ignore", message=".*ccache.*")
+    printed = io.StringIO()
+    with contextlib.redirect_stderr(printed):
+        import paddle  # noqa: F401
+    for line in printed.getvalue().splitlines():
+        if "OMP_NUM_THREADS" not in line:
+            print(line, file=sys.stderr)
+
+
+def _make_demo(options: argparse.Namespace) -> None:
+    from tqdm import tqdm
+
+    from passl.data.demo import make_demo
+
+    total = 10 * (options.train_per_class + options.val_per_class)
+    with tqdm(total=total, unit="image", disable=None) as bar:
+        try:
+            make_demo(
+                options.out,
+                num_train_per_class=options.train_per_class,
+                num_val_per_class=options.val_per_class,
+                size=options.size,
+                seed=options.seed,
+                progress=bar.update,
+            )
+        except (ValueError, OSError) as error:
+            _stop(error, RUN_ERROR)
+    print(options.out)

@@ -1,0 +1,80 @@
+"""One batch: its samples, and the replacement of those that cannot be read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Optional
+
+import numpy as np
+
+from passl.data.datasets import ImageFiles
+from passl.data.image_io import UnreadableImageError
+
+VIEW_KEYS = ("global_crops", "local_crops")
+
+
+class SampleError(RuntimeError):
+    """Says which sample was being loaded when its cause, or the exception that it is the cause of, was raised."""
+
+
+@dataclass
+class LoadedBatch:
+    """`arrays` by name (None: no readable replacement was found), and (path, reason) of the files left out."""
+
+    arrays: Optional[dict[str, Any]]
+    bad_samples: list[tuple[str, str]]
+
+
+def load_batch(dataset: ImageFiles, batch: Sequence[tuple[int, int]], seed: int) -> LoadedBatch:
+    """Load and collate the samples (epoch, index) of `batch`; each has the generator `default_rng([seed, epoch, index])`.
+
+    A sample whose file cannot be read is replaced by one that this generator draws. Other exceptions pass, with a
+    `SampleError` as their cause that names the sample.
+    """
+    samples: list[dict[str, Any]] = []
+    bad_samples: list[tuple[str, str]] = []
+    for epoch, index in batch:
+        rng = np.random.default_rng([seed, epoch, index])
+        try:
+            sample = _sample_or_replacement(dataset, index, rng, bad_samples)
+        except Exception as error:
+            raise error from SampleError(f"while loading sample {index} ({dataset.paths[index]}) in epoch {epoch}")
+        if sample is None:
+            return LoadedBatch(None, bad_samples)
+        samples.append(sample)
+    return LoadedBatch(collate(samples), bad_samples)
+
+
+def _sample_or_replacement(
+    dataset: ImageFiles, index: int, rng: np.random.Generator, bad_samples: list[tuple[str, str]]
+) -> Optional[dict[str, Any]]:
+    for _ in range(dataset.max_bad_samples + 1):
+        try:
+            return dataset.sample(index, rng)
+        except UnreadableImageError as error:
+            bad_samples.append((error.path, error.reason))
+            index = int(rng.integers(len(dataset)))
+    return None
+
+
+def collate(samples: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
+    """Stack samples with equal keys: views [V, ...] of B samples to [V*B, ...], view by view; all else to [B, ...].
+
+    Raises:
+        ValueError: the samples' arrays differ in shape.
+    """
+    return {key: _stack(key, [np.asarray(sample[key]) for sample in samples]) for key in samples[0]}
+
+
+def _stack(key: str, arrays: list[np.ndarray]) -> np.ndarray:
+    shapes = sorted({array.shape for array in arrays})
+    if len(shapes) > 1:
+        raise ValueError(
+            f"'{key}' of the samples in a batch differs in shape ({shapes[0]} and {shapes[-1]}): give the dataset a "
+            "transform that makes all sizes equal, such as Resize with [height, width], or CenterCrop"
+        )
+    if key not in VIEW_KEYS:
+        return np.stack(arrays)
+    views = np.stack(arrays, axis=1)
+    return views.reshape(-1, *views.shape[2:])

@@ -1,0 +1,263 @@
+"""Data sets of image files: class folders, plain folders, and lists."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Optional, Union
+
+import numpy as np
+from PIL import Image
+
+from passl.data.image_io import image_extensions, read_rgb
+from passl.registry import DATASETS, did_you_mean
+
+PathLike = Union[str, os.PathLike]
+_MAX_PROBLEMS_SHOWN = 10
+
+
+class ImageFiles:
+    """Image files on disk with optional labels; what both data sets have in common.
+
+    Attributes:
+        paths: of the files, in the data set's order.
+        labels: int64 array [len(paths)], or None.
+        class_names: the class of label i is `class_names[i]`; empty without labels.
+        max_bad_samples: how many different unreadable files a `Loader` replaces before it gives up.
+    """
+
+    def __init__(
+        self,
+        paths: list[str],
+        labels: Optional[Sequence[int]],
+        class_names: Sequence[str],
+        transform: Optional[Callable[..., Any]],
+        max_bad_samples: int,
+    ) -> None:
+        if max_bad_samples < 0:
+            raise ValueError(f"max_bad_samples must be at least 0, not {max_bad_samples!r}")
+        self.paths = paths
+        self.labels = None if labels is None else np.asarray(labels, np.int64)
+        self.class_names = list(class_names)
+        self.transform = transform
+        self.max_bad_samples = max_bad_samples
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def load(self, index: int) -> Image.Image:
+        """The image in mode RGB, untransformed. Raises UnreadableImageError."""
+        return read_rgb(self.paths[index])
+
+    def sample(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
+        """The transformed image as `image` (or the views that the transform returns as a dict), with `index` and,
+        if there are labels, `label`."""
+        image = self.load(index)
+        transformed = image if self.transform is None else self.transform(image, rng)
+        sample = dict(transformed) if isinstance(transformed, dict) else {"image": transformed}
+        sample["index"] = np.int64(index)
+        if self.labels is not None:
+            sample["label"] = self.labels[index]
+        return sample
+
+
+@DATASETS.register()
+class ImageFolder(ImageFiles):
+    """`root/<class>/.../<image>`: each folder in `root` is a class; classes and files are in sorted order.
+
+    `root` takes `~`. Files and folders whose names begin with a dot, and files without an image's extension, are ignored.
+
+    Raises:
+        FileNotFoundError: `root` is missing, or has no class folders, or a class has no images.
+        ValueError: images lie in `root` itself.
+    """
+
+    def __init__(
+        self,
+        root: PathLike,
+        transform: Optional[Callable[..., Any]] = None,
+        max_bad_samples: int = 10,
+    ) -> None:
+        root = _existing_folder(root)
+        entries = sorted(os.scandir(root), key=lambda entry: entry.name)
+        stray = [entry.name for entry in entries if _is_image(entry.name) and entry.is_file()]
+        if stray:
+            raise ValueError(
+                f"{root} contains images directly (such as {stray[0]!r}), but ImageFolder needs one folder per class. "
+                "For images without class folders use 'name: ImageList' with the same root."
+            )
+        class_names = [entry.name for entry in entries if entry.is_dir() and not _hidden(entry.name)]
+        if not class_names:
+            raise FileNotFoundError(f"{root} contains no class folders")
+        files_of_class = [list(_image_files(os.path.join(root, name))) for name in class_names]
+        empty = [name for name, files in zip(class_names, files_of_class) if not files]
+        if empty:
+            raise FileNotFoundError(f"{root}: no images in the class folder(s) {_shortened(empty)}")
+        super().__init__(
+            paths=[path for files in files_of_class for path in files],
+            labels=np.repeat(np.arange(len(class_names)), [len(files) for files in files_of_class]),
+            class_names=class_names,
+            transform=transform,
+            max_bad_samples=max_bad_samples,
+        )
+
+
+@DATASETS.register()
+class ImageList(ImageFiles):
+    """Images of any folder, or those that a file lists. Give `root`, `list_file` or both.
+
+    - `root` alone: every image in the folder and its sub-folders, sorted, without labels.
+    - `list_file` ending in `.csv`: columns `path` and, optionally, `label`; further columns are ignored. Labels are
+      whole numbers from 0, or class names.
+    - any other `list_file`: one path per line, without labels.
+
+    Both kinds are UTF-8. Relative paths start from `root` or, without it, from the list's own folder. Class names are
+    numbered in sorted order, or in the order of `class_names`: give it when a list may lack some of the classes.
+
+    Raises:
+        FileNotFoundError: the folder or the list is missing, or holds no images.
+        ValueError: lines of the list are malformed; names them by number.
+    """
+
+    def __init__(
+        self,
+        root: Optional[PathLike] = None,
+        list_file: Optional[PathLike] = None,
+        class_names: Optional[Sequence[str]] = None,
+        transform: Optional[Callable[..., Any]] = None,
+        max_bad_samples: int = 10,
+    ) -> None:
+        if root is None and list_file is None:
+            raise ValueError("ImageList needs a root (a folder of images), a list_file, or both")
+        if root is not None:
+            root = _existing_folder(root)
+        if list_file is None:
+            paths, names = list(_image_files(root)), None
+            if not paths:
+                raise FileNotFoundError(f"{root} contains no images, nor do its sub-folders")
+        else:
+            paths, names = _read_list(Path(list_file).expanduser(), root)
+        if names is None and class_names is not None:
+            raise ValueError("class_names is given, but there are no labels")
+        labels, class_names = (None, ()) if names is None else _number_labels(names, class_names, list_file)
+        super().__init__(paths, labels, class_names, transform, max_bad_samples)
+
+
+# --- folders ---
+
+
+def _hidden(name: str) -> bool:
+    return name.startswith(".")
+
+
+def _is_image(name: str) -> bool:
+    return os.path.splitext(name)[1].lower() in image_extensions() and not _hidden(name)
+
+
+def _existing_folder(root: PathLike) -> str:
+    root = os.path.expanduser(os.fspath(root))
+    if not os.path.isdir(root):
+        raise FileNotFoundError(f"{root} is not a folder" if os.path.exists(root) else f"there is no folder {root}")
+    return root
+
+
+def _image_files(folder: str) -> Iterator[str]:
+    """All images under `folder` in the official order: sorted by folder, then by name."""
+    found = []
+    for parent, folders, names in os.walk(folder, followlinks=True, onerror=_raise):
+        folders[:] = [name for name in folders if not _hidden(name)]
+        found.append((parent, names))
+    for parent, names in sorted(found):
+        yield from (os.path.join(parent, name) for name in sorted(names) if _is_image(name))
+
+
+def _raise(error: OSError) -> None:
+    raise error  # os.walk would skip a folder that it may not read.
+
+
+def _shortened(items: Sequence[str]) -> str:
+    shown = ", ".join(items[:_MAX_PROBLEMS_SHOWN])
+    more = len(items) - _MAX_PROBLEMS_SHOWN
+    return f"{shown} and {more} more" if more > 0 else shown
+
+
+# --- lists ---
+
+
+def _read_list(list_file: Path, root: Optional[str]) -> tuple[list[str], Optional[list[str]]]:
+    """Paths, and labels as text if the list has them."""
+    if not list_file.is_file():
+        raise FileNotFoundError(f"there is no file {list_file}")
+    try:
+        # utf-8-sig: spreadsheets begin their files with a byte order mark.
+        text = list_file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{list_file} is not UTF-8 text: {error}") from error
+    paths, names = _parse_csv(text, list_file) if list_file.suffix.lower() == ".csv" else (_parse_lines(text), None)
+    if not paths:
+        raise FileNotFoundError(f"{list_file} lists no images")
+    folder = os.fspath(list_file.parent) if root is None else root
+    return [os.path.join(folder, os.path.expanduser(path)) for path in paths], names
+
+
+def _parse_lines(text: str) -> list[str]:
+    return [line.strip() for line in text.split("\n") if line.strip()]
+
+
+def _parse_csv(text: str, list_file: Path) -> tuple[list[str], Optional[list[str]]]:
+    reader = csv.DictReader(io.StringIO(text, newline=""), restkey="surplus", strict=True)
+    columns = [name.strip() for name in reader.fieldnames or ()]
+    if "path" not in columns:
+        raise ValueError(
+            f"{list_file}: line 1: the header must name the columns 'path' and, optionally, 'label'; it is "
+            f"{','.join(columns)!r}"
+        )
+    reader.fieldnames = columns
+    wanted = [name for name in ("path", "label") if name in columns]
+    rows: list[dict[str, str]] = []
+    problems: list[str] = []
+    try:
+        for row in reader:
+            missing = [name for name in wanted if not (row[name] or "").strip()]
+            if missing:
+                problems.append(f"line {reader.line_num}: no {' and no '.join(missing)}")
+            elif "surplus" in row:
+                problems.append(f"line {reader.line_num}: more fields than the {len(columns)} columns of the header")
+            rows.append(row)
+    except csv.Error as error:
+        problems.append(f"line {reader.line_num}: {error}")
+    if problems:
+        raise ValueError(_listed(list_file, problems))
+    paths = [row["path"].strip() for row in rows]
+    return paths, [row["label"].strip() for row in rows] if "label" in wanted else None
+
+
+def _number_labels(
+    names: list[str], class_names: Optional[Sequence[str]], list_file: PathLike
+) -> tuple[list[int], list[str]]:
+    """Labels and class names for the texts in a list's label column."""
+    if class_names is None and all(re.fullmatch(r"[+-]?\d+", name) for name in names):
+        labels = [int(name) for name in names]
+        if min(labels) < 0:
+            raise ValueError(f"{os.fspath(list_file)}: labels must be whole numbers from 0 or names, not {min(labels)}")
+        return labels, [str(label) for label in range(max(labels) + 1)]
+    class_names = sorted(set(names)) if class_names is None else [str(name) for name in class_names]
+    label_of = {name: label for label, name in enumerate(class_names)}
+    if len(label_of) != len(class_names):
+        raise ValueError(f"class_names contains a name twice: {_shortened(class_names)}")
+    unknown = sorted(set(names) - set(label_of))
+    if unknown:
+        problems = [f"label {name!r} is not in class_names. {did_you_mean(name, class_names)}" for name in unknown]
+        raise ValueError(_listed(list_file, problems))
+    return [label_of[name] for name in names], class_names
+
+
+def _listed(list_file: PathLike, problems: Sequence[str]) -> str:
+    lines = [f"{os.fspath(list_file)}: {problem}" for problem in problems[:_MAX_PROBLEMS_SHOWN]]
+    if len(problems) > _MAX_PROBLEMS_SHOWN:
+        lines.append(f"and {len(problems) - _MAX_PROBLEMS_SHOWN} more")
+    return "\n".join(lines)

@@ -1,0 +1,113 @@
+"""Reading any image file that Pillow can open as an 8-bit RGB image."""
+
+from __future__ import annotations
+
+import functools
+import os
+import struct
+from typing import Union
+
+import numpy as np
+from PIL import Image, ImageOps
+
+_EXIF_ORIENTATION = 0x0112
+# Formats that Pillow registers a reader for without being able to decode them by itself.
+_UNDECODABLE_FORMATS = frozenset({"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"})
+
+
+class UnreadableImageError(ValueError):
+    """A file that cannot be decoded as an image. Attributes: `path` and `reason`, both strings."""
+
+    def __init__(self, path: str, reason: str) -> None:
+        super().__init__(path, reason)
+        self.path = path
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.reason}"
+
+
+@functools.lru_cache(maxsize=None)
+def image_extensions() -> frozenset[str]:
+    """Lower-case file extensions, with the dot, of all formats this Pillow can decode."""
+    formats = Image.registered_extensions()
+    readable = Image.OPEN.keys() - _UNDECODABLE_FORMATS
+    return frozenset(extension for extension, image_format in formats.items() if image_format in readable)
+
+
+def read_rgb(path: Union[str, os.PathLike]) -> Image.Image:
+    """Decode the image file `path` (its first frame) completely and return it in mode RGB.
+
+    - Grey, palette, CMYK and other 8-bit modes: Pillow's `convert("RGB")`; transparency is dropped, not blended,
+      as the official code does.
+    - 16-bit, 32-bit and float images: reduced to 8 bit by `reduce_to_8_bit` (Pillow itself would clip to white).
+    - An EXIF orientation is applied: the image is returned upright.
+
+    Raises:
+        UnreadableImageError: missing, empty, truncated, damaged or not an image, or larger than
+            `PIL.Image.MAX_IMAGE_PIXELS` allows (a decompression bomb).
+    """
+    path = os.fspath(path)
+    try:
+        if os.path.getsize(path) == 0:
+            raise UnreadableImageError(path, "the file is empty (0 bytes)")
+        with Image.open(path) as image:
+            image.load()
+            return to_rgb(_upright(image))
+    except (UnreadableImageError, MemoryError):
+        raise
+    # Pillow's decoders raise OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, KeyError ...
+    # for damaged files: there is no narrower common class.
+    except Exception as error:
+        raise UnreadableImageError(path, _reason(error)) from error
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """The decoded `image` in mode RGB (the same object if it already is)."""
+    if image.mode == "RGB":
+        return image
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        image = Image.fromarray(reduce_to_8_bit(np.asarray(image)))
+    elif image.mode == "P" and isinstance(image.info.get("transparency"), bytes):
+        # Same colours as the direct conversion, without Pillow's warning for each file.
+        image = image.convert("RGBA")
+    return image.convert("RGB")
+
+
+def reduce_to_8_bit(values: np.ndarray) -> np.ndarray:
+    """Grey values `[H, W]` of a 16-bit, 32-bit or float image as uint8.
+
+    16-bit values keep their high byte, which is what Pillow does when it reads 16-bit RGB. The other types carry no
+    agreed range, so white is the smallest of 1 (floats only), 255 and 65535 that no value exceeds; images with
+    negative or larger values are stretched from their minimum to their maximum. NaN becomes black.
+    """
+    if values.dtype.kind == "u":
+        return (values >> 8).astype(np.uint8)
+    is_float = values.dtype.kind == "f"
+    values = values.astype(np.float64)
+    finite = values[np.isfinite(values)]
+    low, high = (finite.min(), finite.max()) if finite.size else (0.0, 0.0)
+    white_levels = (1.0, 255.0, 65535.0) if is_float else (255.0, 65535.0)
+    white = next((level for level in white_levels if low >= 0 and high <= level), None)
+    if white is None:
+        black, white = low, high
+    else:
+        black = 0.0
+    scaled = (np.nan_to_num(values, nan=black, posinf=white, neginf=black) - black) * (255.0 / (white - black))
+    return np.rint(scaled).astype(np.uint8)
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        orientation = image.getexif().get(_EXIF_ORIENTATION, 1)
+    except (OSError, SyntaxError, ValueError, KeyError, TypeError, struct.error):
+        return image  # A damaged EXIF block says nothing about the pixels.
+    return ImageOps.exif_transpose(image) if orientation in range(2, 9) else image
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, Image.UnidentifiedImageError):
+        return "not an image that Pillow can identify"
+    if isinstance(error, FileNotFoundError):
+        return "no such file"
+    return f"{type(error).__name__}: {error}"

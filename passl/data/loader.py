@@ -1,0 +1,181 @@
+"""Batches for training and evaluation: which samples, in which order, drawn how, loaded by whom.
+
+A sample's randomness is `default_rng([seed, epoch, index])` and the order of an epoch `default_rng([seed, epoch])`, so
+the content of every batch is the same for any number of workers, and a run can continue at any step.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterator
+from typing import Any, Optional
+
+import numpy as np
+
+from passl.data.batches import LoadedBatch, load_batch
+from passl.data.datasets import ImageFiles
+
+logger = logging.getLogger("passl")
+
+
+class BadSamplesError(RuntimeError):
+    """More files than allowed could not be read. `bad_samples` lists them as (path, reason)."""
+
+    def __init__(self, bad_samples: list[tuple[str, str]], max_bad_samples: int) -> None:
+        self.bad_samples = bad_samples
+        listing = "\n".join(f"  {path}: {reason}" for path, reason in bad_samples)
+        super().__init__(
+            f"{len(bad_samples)} unreadable image file(s), max_bad_samples is {max_bad_samples}. Repair or remove them, "
+            f"or raise max_bad_samples of the dataset:\n{listing}"
+        )
+
+
+class EpochSampler:
+    """Divides epochs into global batches of `batch_size * world_size` samples and those among the processes.
+
+    Process `rank` takes every `world_size`-th sample of a global batch, so the samples of a step depend on
+    `batch_size * world_size` only. Without `drop_last` the last batch of an epoch is smaller; it is filled up to a
+    multiple of `world_size` by repeating its first samples, so that all processes have equally many.
+
+    Args:
+        length: number of samples in the data set.
+        batch_size: per process.
+        seed: of the order; the order of epoch e is `default_rng([seed, e]).permutation(length)`.
+        shuffle: False keeps the data set's order.
+        drop_last: leave out the samples of an epoch that do not fill a global batch.
+
+    Raises:
+        ValueError: an argument is out of range, or no batch can be filled.
+    """
+
+    def __init__(
+        self,
+        length: int,
+        batch_size: int,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        shuffle: bool = True,
+        drop_last: bool = True,
+    ) -> None:
+        if batch_size < 1 or seed < 0:
+            raise ValueError(f"batch_size ({batch_size}) must be at least 1 and seed ({seed}) at least 0")
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank ({rank}) must be at least 0 and less than world_size ({world_size})")
+        self.global_batch_size = batch_size * world_size
+        self.steps_per_epoch = length // self.global_batch_size if drop_last else -(-length // self.global_batch_size)
+        if self.steps_per_epoch == 0:
+            raise ValueError(
+                f"{length} samples do not fill one global batch of {batch_size} x {world_size} process(es): "
+                "lower batch_size or set drop_last: false"
+            )
+        self.length = length
+        self.batch_size = batch_size
+        self.seed = seed
+        self.rank = rank
+        self.world_size = world_size
+        self.shuffle = shuffle
+
+    def batches(self, start_step: int = 0, stop_step: Optional[int] = None) -> Iterator[list[tuple[int, int]]]:
+        """This process's batches of the steps `start_step .. stop_step - 1`, as lists of (epoch, index).
+
+        Steps count from the beginning of epoch 0 and run on into the following epochs, without end if `stop_step` is
+        None.
+        """
+        step = start_step
+        while stop_step is None or step < stop_step:
+            epoch, first = divmod(step, self.steps_per_epoch)
+            order = self._order(epoch)
+            end = self.steps_per_epoch if stop_step is None else min(self.steps_per_epoch, first + stop_step - step)
+            for position in range(first, end):
+                yield [(epoch, int(index)) for index in self._share(order, position)]
+            step += end - first
+
+    def _order(self, epoch: int) -> np.ndarray:
+        if self.shuffle:
+            return np.random.default_rng([self.seed, epoch]).permutation(self.length)
+        return np.arange(self.length)
+
+    def _share(self, order: np.ndarray, position: int) -> np.ndarray:
+        global_batch = order[position * self.global_batch_size : (position + 1) * self.global_batch_size]
+        padded_size = -(-len(global_batch) // self.world_size) * self.world_size
+        return np.resize(global_batch, padded_size)[self.rank :: self.world_size]
+
+
+class Loader:
+    """Loads the batches of `sampler` from `dataset`, in this process or with worker processes.
+
+    Files that cannot be read are replaced by other samples, reported through the logger "passl" and collected in
+    `bad_samples`.
+
+    Args:
+        seed: of the samples' randomness; use the same on all processes.
+        num_workers: 0 loads in this process, which is also what happens on systems where Paddle has no workers (those
+            other than Linux).
+        prefetch_factor: batches that each worker prepares in advance.
+    """
+
+    def __init__(
+        self,
+        dataset: ImageFiles,
+        sampler: EpochSampler,
+        num_workers: int = 0,
+        seed: int = 0,
+        prefetch_factor: int = 2,
+    ) -> None:
+        if num_workers < 0 or prefetch_factor < 1:
+            raise ValueError(
+                f"num_workers ({num_workers}) must be at least 0 and prefetch_factor ({prefetch_factor}) at least 1"
+            )
+        self.dataset = dataset
+        self.sampler = sampler
+        self.num_workers = num_workers
+        self.seed = seed
+        self.prefetch_factor = prefetch_factor
+        self._reason_of_bad_path: dict[str, str] = {}
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.sampler.steps_per_epoch
+
+    @property
+    def bad_samples(self) -> list[tuple[str, str]]:
+        """(path, reason) of every unreadable file met so far by this process."""
+        return list(self._reason_of_bad_path.items())
+
+    def iterate(self, start_step: int = 0, stop_step: Optional[int] = None) -> Iterator[dict[str, Any]]:
+        """The batches of the steps `start_step .. stop_step - 1` as dicts of numpy arrays (without workers) or Paddle tensors (with).
+
+        `index` and, if there are labels, `label`: int64 [B], of the samples that are really in the batch, also where a
+        sample replaces an unreadable one. Multi-crop views: `global_crops` [2*B, 3, h, w] and `local_crops`
+        [n*B, 3, h, w], view by view (all samples' view 0, then view 1, ...). Otherwise `image` [B, ...].
+
+        Worker processes start at the first batch and stay until the last one: call this once for a whole run.
+
+        Raises:
+            BadSamplesError: more than the data set's `max_bad_samples` files cannot be read.
+            Exception: what the data set or a transform raised; its cause names the sample and its file.
+        """
+        batches = self.sampler.batches(start_step, stop_step)
+        for loaded in self._loaded(batches):
+            self._note_bad_samples(loaded)
+            yield loaded.arrays
+
+    def _loaded(self, batches: Iterator[list[tuple[int, int]]]) -> Iterator[LoadedBatch]:
+        if self.num_workers == 0 or not sys.platform.startswith("linux"):
+            return (load_batch(self.dataset, batch, self.seed) for batch in batches)
+        # Imported here: it imports Paddle, which this package otherwise does without.
+        from passl.data import workers
+
+        return workers.load(self.dataset, batches, self.seed, self.num_workers, self.prefetch_factor)
+
+    def _note_bad_samples(self, loaded: LoadedBatch) -> None:
+        limit = self.dataset.max_bad_samples
+        for path, reason in loaded.bad_samples:
+            if path not in self._reason_of_bad_path:
+                self._reason_of_bad_path[path] = reason
+                count = len(self._reason_of_bad_path)
+                logger.warning("unreadable image %d (of at most %d) replaced: %s: %s", count, limit, path, reason)
+        if len(self._reason_of_bad_path) > limit or loaded.arrays is None:
+            raise BadSamplesError(self.bad_samples, limit)

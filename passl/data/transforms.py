@@ -1,0 +1,384 @@
+"""Image transforms on Pillow images with an explicit random generator.
+
+The functions apply one operation with given parameters and reproduce torchvision's Pillow back end exactly. The
+registered classes are called as `transform(image, rng)`; the random ones draw the parameters from `rng` and call the
+functions, the others ignore it. Sizes are an int or `[height, width]`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from typing import Any, Optional, Union
+
+import numpy as np
+from PIL import Image, ImageEnhance, ImageFilter, ImageOps
+
+from passl.registry import TRANSFORMS
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+INTERPOLATIONS = {
+    "nearest": Image.Resampling.NEAREST,
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+    "box": Image.Resampling.BOX,
+    "hamming": Image.Resampling.HAMMING,
+}
+
+Size = Union[int, Sequence[int]]
+Generator = np.random.Generator
+
+
+@dataclass(frozen=True)
+class Box:
+    """A rectangle of pixels: its first row and column, its height and width."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+
+
+# --- checking arguments ---
+
+
+def height_and_width(size: Size, name: str = "size") -> tuple[int, int]:
+    """`size` as `(height, width)`; an int is a square. `name` is the argument's name for the error."""
+    sides = (size, size) if isinstance(size, int) else tuple(size)
+    if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
+        raise ValueError(f"{name} must be a positive int or [height, width], not {size!r}")
+    return sides
+
+
+def positive_range(values: Sequence[float], name: str, highest: float = math.inf) -> tuple[float, float]:
+    """`values` as `(low, high)`, checked: `0 < low <= high <= highest`."""
+    values = tuple(values)
+    if len(values) != 2 or not 0 < values[0] <= values[1] <= highest:
+        limit = "" if highest == math.inf else f" <= {highest}"
+        raise ValueError(f"{name} must be [low, high] with 0 < low <= high{limit}, not {list(values)}")
+    return values
+
+
+def probability(value: float, name: str) -> float:
+    """`value`, checked to lie in 0..1."""
+    if not 0.0 <= value <= 1.0:
+        raise ValueError(f"{name} must be a probability between 0 and 1, not {value!r}")
+    return value
+
+
+def _resampling(interpolation: str) -> Image.Resampling:
+    if interpolation not in INTERPOLATIONS:
+        raise ValueError(f"interpolation must be one of {', '.join(INTERPOLATIONS)}, not {interpolation!r}")
+    return INTERPOLATIONS[interpolation]
+
+
+# --- operations with given parameters ---
+
+
+def adjust_brightness(image: Image.Image, factor: float) -> Image.Image:
+    """Blend with black: 0 is black, 1 the image itself."""
+    return ImageEnhance.Brightness(image).enhance(factor)
+
+
+def adjust_contrast(image: Image.Image, factor: float) -> Image.Image:
+    """Blend with the image's mean grey: 0 is grey, 1 the image itself."""
+    return ImageEnhance.Contrast(image).enhance(factor)
+
+
+def adjust_saturation(image: Image.Image, factor: float) -> Image.Image:
+    """Blend with the grey image: 0 is grey, 1 the image itself."""
+    return ImageEnhance.Color(image).enhance(factor)
+
+
+def adjust_hue(image: Image.Image, factor: float) -> Image.Image:
+    """Turn the hue by `factor` of the colour circle, -0.5..0.5; 0 converts to HSV and back, which still rounds."""
+    # int() truncates towards zero before wrapping, like the cast in the official code.
+    shift = int(factor * 255)
+    hue, saturation, value = image.convert("HSV").split()
+    hue = hue.point([(level + shift) % 256 for level in range(256)])
+    return Image.merge("HSV", (hue, saturation, value)).convert("RGB")
+
+
+def grayscale(image: Image.Image) -> Image.Image:
+    """Grey with three equal channels."""
+    return image.convert("L").convert("RGB")
+
+
+def gaussian_blur(image: Image.Image, radius: float) -> Image.Image:
+    """Blur with a standard deviation of `radius` pixels."""
+    return image.filter(ImageFilter.GaussianBlur(radius))
+
+
+def solarize(image: Image.Image, threshold: int = 128) -> Image.Image:
+    """Invert the values from `threshold` upwards."""
+    return ImageOps.solarize(image, threshold)
+
+
+def horizontal_flip(image: Image.Image) -> Image.Image:
+    """Mirror left and right."""
+    return ImageOps.mirror(image)
+
+
+def resize(image: Image.Image, size: Size, interpolation: str = "bilinear") -> Image.Image:
+    """Resize with antialiasing. An int is the new length of the shorter side, `[height, width]` the exact size."""
+    if isinstance(size, int):
+        width, height = image.size
+        # torchvision truncates the longer side.
+        if width <= height:
+            new_width, new_height = size, int(size * height / width)
+        else:
+            new_width, new_height = int(size * width / height), size
+    else:
+        new_height, new_width = size
+    return image.resize((new_width, new_height), _resampling(interpolation))
+
+
+def crop(image: Image.Image, box: Box) -> Image.Image:
+    """The pixels in `box`; what lies outside of the image is black."""
+    return image.crop((box.left, box.top, box.left + box.width, box.top + box.height))
+
+
+def center_crop(image: Image.Image, size: Size) -> Image.Image:
+    """The middle of the image; a smaller image is padded with black, an odd remainder at the right and bottom."""
+    height, width = height_and_width(size)
+    top = _center_offset(image.height, height)
+    left = _center_offset(image.width, width)
+    return crop(image, Box(top, left, height, width))
+
+
+def _center_offset(length: int, wanted: int) -> int:
+    # round() to even inside, floor outside: both as torchvision.
+    return round((length - wanted) / 2) if length >= wanted else -((wanted - length) // 2)
+
+
+def resized_crop(image: Image.Image, box: Box, size: Size, interpolation: str = "bilinear") -> Image.Image:
+    """Cut `box` out and resize it to exactly `size`.
+
+    In two steps, because `Image.resize(box=...)` lets the pixels around the box into the result.
+    """
+    height, width = height_and_width(size)
+    return crop(image, box).resize((width, height), _resampling(interpolation))
+
+
+# --- drawing parameters ---
+
+
+def draw_crop_box(
+    rng: Generator, height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float]
+) -> Box:
+    """A random box inside an image of `height` x `width`.
+
+    Its share of the area is uniform in `scale` and the logarithm of width/height uniform in `ratio`; after ten
+    boxes that do not fit, the largest central box with an allowed ratio is returned (torchvision's rule).
+    """
+    for _ in range(10):
+        target_area = height * width * rng.uniform(*scale)
+        aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
+        box_width = round(math.sqrt(target_area * aspect))
+        box_height = round(math.sqrt(target_area / aspect))
+        if 0 < box_width <= width and 0 < box_height <= height:
+            top = int(rng.integers(height - box_height + 1))
+            left = int(rng.integers(width - box_width + 1))
+            return Box(top, left, box_height, box_width)
+    box_height, box_width = height, width
+    if width < height * ratio[0]:
+        box_height = min(height, round(width / ratio[0]))
+    elif width > height * ratio[1]:
+        box_width = min(width, round(height * ratio[1]))
+    return Box((height - box_height) // 2, (width - box_width) // 2, box_height, box_width)
+
+
+JitterSteps = tuple[tuple[str, float], ...]
+_JITTER_OPERATIONS = {
+    "brightness": adjust_brightness,
+    "contrast": adjust_contrast,
+    "saturation": adjust_saturation,
+    "hue": adjust_hue,
+}
+
+
+def draw_color_jitter(rng: Generator, brightness: float, contrast: float, saturation: float, hue: float) -> JitterSteps:
+    """Factors of the four operations in random order, as `((operation, factor), ...)`.
+
+    The first three factors are uniform in `max(0, 1 - strength) .. 1 + strength`, the hue's in `-hue .. hue`;
+    an operation of strength 0 is left out.
+    """
+    steps = []
+    for name, strength in (("brightness", brightness), ("contrast", contrast), ("saturation", saturation)):
+        if strength > 0:
+            steps.append((name, rng.uniform(max(0.0, 1.0 - strength), 1.0 + strength)))
+    if hue > 0:
+        steps.append(("hue", rng.uniform(-hue, hue)))
+    return tuple(steps[i] for i in rng.permutation(len(steps)))
+
+
+def apply_color_jitter(image: Image.Image, steps: JitterSteps) -> Image.Image:
+    """Apply what `draw_color_jitter` drew, in its order."""
+    for name, factor in steps:
+        image = _JITTER_OPERATIONS[name](image, factor)
+    return image
+
+
+def check_jitter_strengths(brightness: float, contrast: float, saturation: float, hue: float) -> None:
+    """Raise ValueError unless the first three are at least 0 and the hue lies in 0..0.5."""
+    for name, strength in (("brightness", brightness), ("contrast", contrast), ("saturation", saturation)):
+        if strength < 0:
+            raise ValueError(f"{name} must be at least 0, not {strength!r}")
+    if not 0 <= hue <= 0.5:
+        raise ValueError(f"hue must be between 0 and 0.5, not {hue!r}")
+
+
+# --- registered transforms ---
+
+
+class Compose:
+    """Apply `transforms` one after the other with one generator."""
+
+    def __init__(self, transforms: Sequence[Callable[..., Any]]) -> None:
+        self.transforms = list(transforms)
+
+    def __call__(self, image: Any, rng: Optional[Generator] = None) -> Any:
+        for transform in self.transforms:
+            image = transform(image, rng)
+        return image
+
+
+@TRANSFORMS.register()
+class Resize:
+    """Resize with antialiasing; an int is the shorter side's new length, `[height, width]` the exact size."""
+
+    def __init__(self, size: Size, interpolation: str = "bilinear") -> None:
+        height_and_width(size)
+        _resampling(interpolation)
+        self.size = size
+        self.interpolation = interpolation
+
+    def __call__(self, image: Image.Image, rng: Optional[Generator] = None) -> Image.Image:
+        return resize(image, self.size, self.interpolation)
+
+
+@TRANSFORMS.register()
+class CenterCrop:
+    """Cut out the middle; smaller images are padded with black."""
+
+    def __init__(self, size: Size) -> None:
+        self.size = height_and_width(size)
+
+    def __call__(self, image: Image.Image, rng: Optional[Generator] = None) -> Image.Image:
+        return center_crop(image, self.size)
+
+
+@TRANSFORMS.register()
+class RandomResizedCrop:
+    """A random box (share of the area in `scale`, width/height in `ratio`) resized to `size`."""
+
+    def __init__(
+        self,
+        size: Size,
+        scale: Sequence[float] = (0.08, 1.0),
+        ratio: Sequence[float] = (3 / 4, 4 / 3),
+        interpolation: str = "bilinear",
+    ) -> None:
+        self.size = height_and_width(size)
+        self.scale = positive_range(scale, "scale", highest=1.0)
+        self.ratio = positive_range(ratio, "ratio")
+        _resampling(interpolation)
+        self.interpolation = interpolation
+
+    def __call__(self, image: Image.Image, rng: Generator) -> Image.Image:
+        box = draw_crop_box(rng, image.height, image.width, self.scale, self.ratio)
+        return resized_crop(image, box, self.size, self.interpolation)
+
+
+@TRANSFORMS.register()
+class RandomHorizontalFlip:
+    """Mirror left and right with probability `prob`."""
+
+    def __init__(self, prob: float = 0.5) -> None:
+        self.prob = probability(prob, "prob")
+
+    def __call__(self, image: Image.Image, rng: Generator) -> Image.Image:
+        return horizontal_flip(image) if rng.random() < self.prob else image
+
+
+@TRANSFORMS.register()
+class ColorJitter:
+    """With probability `prob`, change brightness, contrast, saturation and hue in random order."""
+
+    def __init__(
+        self,
+        brightness: float = 0.4,
+        contrast: float = 0.4,
+        saturation: float = 0.2,
+        hue: float = 0.1,
+        prob: float = 1.0,
+    ) -> None:
+        check_jitter_strengths(brightness, contrast, saturation, hue)
+        self.strengths = (brightness, contrast, saturation, hue)
+        self.prob = probability(prob, "prob")
+
+    def __call__(self, image: Image.Image, rng: Generator) -> Image.Image:
+        if rng.random() >= self.prob:
+            return image
+        return apply_color_jitter(image, draw_color_jitter(rng, *self.strengths))
+
+
+@TRANSFORMS.register()
+class RandomGrayscale:
+    """Make the image grey, in three equal channels, with probability `prob`."""
+
+    def __init__(self, prob: float = 0.2) -> None:
+        self.prob = probability(prob, "prob")
+
+    def __call__(self, image: Image.Image, rng: Generator) -> Image.Image:
+        return grayscale(image) if rng.random() < self.prob else image
+
+
+@TRANSFORMS.register()
+class GaussianBlur:
+    """With probability `prob`, blur with a standard deviation drawn from `radius`, in pixels."""
+
+    def __init__(self, prob: float = 0.5, radius: Sequence[float] = (0.1, 2.0)) -> None:
+        self.prob = probability(prob, "prob")
+        self.radius = positive_range(radius, "radius")
+
+    def __call__(self, image: Image.Image, rng: Generator) -> Image.Image:
+        return gaussian_blur(image, rng.uniform(*self.radius)) if rng.random() < self.prob else image
+
+
+@TRANSFORMS.register()
+class Solarize:
+    """With probability `prob`, invert the values from `threshold` upwards."""
+
+    def __init__(self, prob: float = 0.2, threshold: int = 128) -> None:
+        self.prob = probability(prob, "prob")
+        self.threshold = threshold
+
+    def __call__(self, image: Image.Image, rng: Generator) -> Image.Image:
+        return solarize(image, self.threshold) if rng.random() < self.prob else image
+
+
+@TRANSFORMS.register()
+class ToTensor:
+    """RGB image -> float32 array `[3, H, W]` in 0..1."""
+
+    def __call__(self, image: Image.Image, rng: Optional[Generator] = None) -> np.ndarray:
+        # order="C": the default keeps the channels-last memory layout, which makes everything after it slow.
+        return np.divide(np.asarray(image).transpose(2, 0, 1), np.float32(255), dtype=np.float32, order="C")
+
+
+@TRANSFORMS.register()
+class Normalize:
+    """`(array - mean) / std` per channel of a float32 array `[C, H, W]`."""
+
+    def __init__(self, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD) -> None:
+        if len(mean) != len(std) or not all(value > 0 for value in std):
+            raise ValueError(f"mean and std need one value per channel and std above 0, not {mean!r} and {std!r}")
+        self.mean = np.asarray(mean, np.float32)[:, None, None]
+        self.std = np.asarray(std, np.float32)[:, None, None]
+
+    def __call__(self, array: np.ndarray, rng: Optional[Generator] = None) -> np.ndarray:
+        return (array - self.mean) / self.std

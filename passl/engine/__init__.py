@@ -1,0 +1,1 @@
+"""The engine: builds everything from a checked configuration, trains, evaluates, saves and resumes."""

@@ -1,0 +1,128 @@
+"""Where a checked configuration meets the classes it names; nothing else knows both."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any, Optional
+
+from paddle import nn
+
+from passl import distributed
+from passl.config import Config, ConfigError, component_parts
+from passl.data.loader import EpochSampler, Loader
+from passl.data.transforms import Compose
+from passl.engine.optim import Optimizer
+from passl.engine.precision import GradScalerSettings, Precision
+from passl.engine.settings import MODELS, GlobalSettings, LoaderSettings, SamplerSettings
+from passl.evaluators import Classification, Evaluator
+from passl.models.method import Method
+from passl.registry import DATASETS, EVALUATORS, OPTIMIZERS, SCHEDULES, SLOTS, Registry
+from passl.schedules import Schedule, Timeline
+
+_FACTORIES = ("backbone", "head")  # a method decides how often and with what widths it builds these
+
+
+def component(spec: Mapping[str, Any], registry: Registry, where: str, **provided: Any) -> Any:
+    """Build ``{name: X, ...arguments}`` with everything nested in it.
+
+    Args:
+        where: dotted key of ``spec``, for messages.
+        provided: arguments that the engine adds.
+
+    Raises:
+        ConfigError: the constructor refused a value.
+    """
+    name, arguments = component_parts(spec)
+    arguments = {key: _argument(key, value, f"{where}.{key}") for key, value in arguments.items()}
+    try:
+        return registry.get(name)(**arguments, **provided)
+    except (ValueError, OSError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError([f"{where} ({name}): {error}"]) from error
+
+
+def _argument(key: str, value: Any, where: str) -> Any:
+    if key not in SLOTS or value is None:
+        return value
+    if isinstance(value, list):
+        return Compose([component(item, SLOTS[key], f"{where}.{i}") for i, item in enumerate(value)])
+    if key in _FACTORIES:
+        name, arguments = component_parts(value)
+        return functools.partial(SLOTS[key].get(name), **arguments)
+    return component(value, SLOTS[key], where)
+
+
+def global_settings(config: Config) -> GlobalSettings:
+    return GlobalSettings(**(config.get("Global") or {}))
+
+
+def model(config: Config) -> nn.Layer:
+    """The Method or backbone of section ``Model``."""
+    return component(config["Model"], MODELS, "Model")
+
+
+def precision(config: Config) -> Precision:
+    section = dict(config.get("FP16") or {})
+    scaler = section.pop("GradScaler", None)
+    try:
+        return Precision(**section, grad_scaler=GradScalerSettings(**scaler) if scaler else None)
+    except ValueError as error:
+        raise ConfigError([str(error)]) from error
+
+
+def train_loader(config: Config, seed: int) -> Loader:
+    """The loader of ``DataLoader.Train``, sharing each global batch out over the processes."""
+    section = config["DataLoader"]["Train"]
+    dataset = component(section["dataset"], DATASETS, "DataLoader.Train.dataset")
+    sampling = SamplerSettings(**section["sampler"])
+    loading = LoaderSettings(**(section.get("loader") or {}))
+    try:
+        sampler = EpochSampler(
+            len(dataset),
+            sampling.batch_size,
+            seed=seed,
+            rank=distributed.rank(),
+            world_size=distributed.world_size(),
+            shuffle=sampling.shuffle,
+            drop_last=sampling.drop_last,
+        )
+    except ValueError as error:
+        raise ConfigError([f"DataLoader.Train.sampler: {error}"]) from error
+    return Loader(dataset, sampler, num_workers=loading.num_workers, seed=seed)
+
+
+def timeline(loader: Loader, epochs: int) -> Timeline:
+    """The run's length: ``epochs`` over the loader's data."""
+    steps = loader.sampler.steps_per_epoch
+    batch = loader.sampler.batch_size * distributed.world_size()
+    return Timeline(total_steps=epochs * steps, steps_per_epoch=steps, global_batch_size=batch)
+
+
+def schedules(config: Config, line: Timeline) -> dict[str, Schedule]:
+    return {
+        name: component(spec, SCHEDULES, f"Schedules.{name}", timeline=line)
+        for name, spec in config["Schedules"].items()
+        if spec is not None
+    }
+
+
+def optimizer(config: Config, method: Method) -> Optimizer:
+    """The optimizer over the method's groups; names every parameter after its place, which keys the optimizer's state."""
+    for name, parameter in method.named_parameters():
+        parameter.name = name
+    return component(config["Optimizer"], OPTIMIZERS, "Optimizer", groups=method.param_groups())
+
+
+def evaluators(config: Config) -> list[Evaluator]:
+    """Section ``Evaluators``, after the accuracy on ``DataLoader.Eval`` where that is given."""
+    found: list[Evaluator] = []
+    section: Optional[Mapping] = (config.get("DataLoader") or {}).get("Eval")
+    if section is not None:
+        dataset = component(section["dataset"], DATASETS, "DataLoader.Eval.dataset")
+        loading = LoaderSettings(**(section.get("loader") or {}))
+        found.append(Classification(dataset, section["sampler"]["batch_size"], loading.num_workers))
+    for number, spec in enumerate(config.get("Evaluators") or []):
+        found.append(component(spec, EVALUATORS, f"Evaluators.{number}"))
+    return found

@@ -1,0 +1,221 @@
+"""What happens around the steps: logging, evaluation, saving."""
+
+from __future__ import annotations
+
+import logging
+import resource
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Optional
+
+import paddle
+from tqdm import tqdm
+
+import passl
+from passl import distributed
+from passl.checkpoint import CheckpointStore
+from passl.engine.trainer import Trainer
+from passl.evaluators.evaluator import Evaluator, evaluate
+from passl.log import Average, MetricsFile, duration
+
+logger = logging.getLogger("passl")
+
+
+class LogHook:
+    """The log line every ``interval`` steps and after each epoch, ``metrics.jsonl``, VisualDL scalars, one progress bar.
+
+    Losses and metrics in a line are means over the steps since the line before and over all processes.
+
+    Args:
+        folder: gets ``metrics.jsonl`` and, with ``visualdl``, the folder ``vdl``.
+        interval: optimizer steps between lines.
+    """
+
+    def __init__(self, folder: Path, interval: int = 10, visualdl: bool = False) -> None:
+        if interval < 1:
+            raise ValueError(f"print_batch_step ({interval}) must be at least 1")
+        self.folder = folder
+        self.interval = interval
+        self.visualdl = visualdl
+        self._recent: dict[str, Average] = {}
+        self._epoch: dict[str, Average] = {}
+        self._pending: list[tuple[dict[str, paddle.Tensor], int]] = []
+        self._batch_cost = Average()
+        self._reader_cost = Average()
+        self._samples = Average()
+        self._file: Optional[MetricsFile] = None
+        self._writer: Any = None
+        self._bar: Optional[tqdm] = None
+
+    def before_train(self, trainer: Trainer) -> None:
+        if not distributed.is_main():
+            return
+        self._file = MetricsFile(self.folder / "metrics.jsonl", trainer.step)
+        if self.visualdl:
+            from visualdl import LogWriter  # it brings flask, pandas and matplotlib
+
+            self._writer = LogWriter(logdir=str(self.folder / "vdl"))
+        if sys.stderr.isatty():
+            self._bar = tqdm(total=trainer.stop_step, initial=trainer.step, unit="step", dynamic_ncols=True)
+
+    def after_step(self, trainer: Trainer) -> None:
+        self._pending.append((trainer.outputs, trainer.batch_samples))
+        self._batch_cost.update(trainer.batch_seconds)
+        self._reader_cost.update(trainer.reader_seconds)
+        self._samples.update(trainer.batch_samples * distributed.world_size())
+        # The first line comes after the first step, so that a wrong setting shows at once.
+        step_in_epoch = (trainer.step - 1) % trainer.timeline.steps_per_epoch
+        if step_in_epoch % self.interval == 0 or trainer.step == trainer.stop_step or trainer.at_epoch_end:
+            self._print(trainer, step_in_epoch)
+        if trainer.at_epoch_end:
+            self._print_epoch(trainer)
+        if self._bar is not None:
+            self._bar.update(1)
+
+    def after_train(self, trainer: Trainer) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        if self._writer is not None:
+            self._writer.close()
+
+    def record(self, step: int, values: dict[str, Any], phase: str) -> None:
+        """Write ``values`` of ``step`` to metrics.jsonl and VisualDL; only the first process does."""
+        if self._file is not None:
+            self._file.write(step, {"phase": phase, **values})
+        if self._writer is not None:
+            for name, value in values.items():
+                if isinstance(value, (int, float)) and name != "epoch":
+                    self._writer.add_scalar(tag=f"{phase}/{name}", step=step, value=value)
+
+    def _flush(self) -> None:
+        """Read the scalars of the steps since the last line, from all processes: the only place that waits for the device."""
+        names = list(self._pending[0][0])
+        totals = paddle.stack([paddle.stack([outputs[n].astype("float32") for n in names]) * size for outputs, size in self._pending]).sum(0)
+        packed = paddle.concat([totals, paddle.to_tensor([float(sum(size for _, size in self._pending))])])
+        *sums, count = distributed.all_reduce_sum_(packed).tolist()
+        for name, total in zip(names, sums):
+            for averages in (self._recent, self._epoch):
+                averages.setdefault(name, Average()).update(total / count, int(count))
+        self._pending.clear()
+
+    def _print(self, trainer: Trainer, step_in_epoch: int) -> None:
+        self._flush()
+        metrics = {name: average.mean for name, average in self._recent.items()}
+        batch_cost, reader_cost = self._batch_cost.mean, self._reader_cost.mean
+        ips = self._samples.mean / batch_cost if batch_cost else 0.0
+        parts = [f"lr: {trainer.values['lr']:.6f}"]
+        parts += [f"{name}: {value:.5f}" for name, value in metrics.items() if name != "loss"]
+        parts += [
+            f"loss: {metrics['loss']:.5f}",
+            f"batch_cost: {batch_cost:.5f} s",
+            f"reader_cost: {reader_cost:.5f} s",
+            f"ips: {ips:.5f} images/sec",
+            f"max mem: {_peak_memory():.2f} GB",
+            f"eta: {duration((trainer.stop_step - trainer.step) * batch_cost)}",
+        ]
+        head = f"[Train][Epoch {trainer.epoch + 1}/{trainer.epochs}][Iter: {step_in_epoch}/{trainer.timeline.steps_per_epoch}]"
+        logger.info("%s %s", head, ", ".join(parts))
+        speed = {"batch_cost": batch_cost, "reader_cost": reader_cost, "ips": ips}
+        self.record(trainer.step, {"epoch": trainer.epoch + 1, **metrics, **trainer.values, **speed}, "train")
+        if self._bar is not None:
+            self._bar.set_postfix_str(f"loss {metrics['loss']:.3f}, {ips:.1f} images/s", refresh=False)
+        self._recent = {}
+        self._batch_cost, self._reader_cost, self._samples = Average(), Average(), Average()
+
+    def _print_epoch(self, trainer: Trainer) -> None:
+        means = ", ".join(f"{name}: {average.mean:.5f}" for name, average in self._epoch.items())
+        logger.info("[Train][Epoch %d/%d][Avg] %s", trainer.epoch + 1, trainer.epochs, means)
+        self._epoch = {}
+
+
+class EvaluationHook:
+    """Runs evaluators every ``interval`` steps and at the end; the first one's key metric decides which checkpoint is best."""
+
+    def __init__(self, evaluators: Sequence[Evaluator], interval: int, log: LogHook, folder: Path) -> None:
+        self.evaluators = list(evaluators)
+        self.interval = interval
+        self.log = log
+        self.folder = folder
+
+    def before_train(self, trainer: Trainer) -> None:
+        trainer.progress.setdefault("best_metric", None)
+
+    def after_step(self, trainer: Trainer) -> None:
+        trainer.progress["is_best"] = False
+        if trainer.step % self.interval and trainer.step != trainer.stop_step:
+            return
+        trainer.check_finite()
+        started = time.perf_counter()
+        results: dict[str, float] = {}
+        for evaluator in self.evaluators:
+            results.update(evaluate(evaluator, trainer.method, self.folder))
+        trainer.method.train()
+        epoch = trainer.epoch + 1
+        shown = ", ".join(f"{name}: {value:.5f}" for name, value in results.items())
+        logger.info("[Eval][Epoch %d][Avg] %s, time: %.1f s", epoch, shown, time.perf_counter() - started)
+        key = self.evaluators[0].key_metric
+        best = trainer.progress["best_metric"]
+        if best is None or results[key] > best:
+            trainer.progress.update(best_metric=results[key], best_epoch=epoch, is_best=True)
+        logger.info("[Eval][Epoch %d][best metric: %.5f] (%s, epoch %d)", epoch, trainer.progress["best_metric"], key, trainer.progress["best_epoch"])
+        self.log.record(trainer.step, {"epoch": epoch, **results}, "eval")
+
+    def after_train(self, trainer: Trainer) -> None:
+        """Nothing: the last step was evaluated."""
+
+
+class CheckpointHook:
+    """Saves every ``interval`` steps, at the end, and whenever a new best was found. Only the first process writes."""
+
+    def __init__(self, store: CheckpointStore, interval: int, description: dict[str, Any]) -> None:
+        self.store = store
+        self.interval = interval
+        self.description = description
+
+    def before_train(self, trainer: Trainer) -> None:
+        """Nothing to prepare."""
+
+    def after_step(self, trainer: Trainer) -> None:
+        is_last = trainer.step == trainer.stop_step
+        is_best = bool(trainer.progress.get("is_best"))
+        if not (trainer.step % self.interval == 0 or is_last or is_best):
+            return
+        trainer.check_finite()
+        if not distributed.is_main():
+            return
+        try:
+            save(self.store, trainer, self.description, best=is_best)
+        except OSError as error:
+            if is_last:
+                raise
+            logger.error("checkpoint of step %d was not saved (%s); the run goes on, the next one will be tried", trainer.step, error)
+
+    def after_train(self, trainer: Trainer) -> None:
+        """Nothing: the last step was saved."""
+
+
+def save(store: CheckpointStore, trainer: Trainer, description: dict[str, Any], best: bool) -> None:
+    """Write the trainer's whole state; ``description`` (config, world size ...) goes along."""
+    name = f"epoch_{trainer.epoch + 1}" if trainer.at_epoch_end else f"step_{trainer.step}"
+    states = {
+        "step": trainer.step,
+        "epoch": trainer.step // trainer.timeline.steps_per_epoch,
+        "steps_per_epoch": trainer.timeline.steps_per_epoch,
+        "global_batch_size": trainer.timeline.global_batch_size,
+        "seed": trainer.seed,
+        "scaler": trainer.precision.state_dict(),
+        "progress": {k: v for k, v in trainer.progress.items() if k != "is_best"},
+        "versions": {"passl": passl.__version__, "paddle": paddle.__version__},
+        **description,
+    }
+    store.save(name, trainer.method.state_dict(), trainer.optimizer.state_dict(), states, best=best)
+
+
+def _peak_memory() -> float:
+    """Peak memory of this process in GB: on the GPU where there is one, else in RAM."""
+    if paddle.get_device().startswith("gpu"):
+        return paddle.device.cuda.max_memory_allocated() / 2**30
+    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return kilobytes / 2**20 if sys.platform != "darwin" else kilobytes / 2**30

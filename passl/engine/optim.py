@@ -1,0 +1,266 @@
+"""Optimizers with the parameter groups, clipping and decay of the official DINO.
+
+Weights are changed by Paddle's own optimizers where these agree with the official numbers (AdamW, Momentum), and by a few
+lines where they do not (LARS). All are driven from outside, step by step: :meth:`Optimizer.set` gives the learning rate and
+the weight decay of the step that follows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Optional
+
+import numpy as np
+import paddle
+
+from passl.checkpoint import CheckpointError
+from passl.registry import OPTIMIZERS
+
+ParamGroup = dict  # {"params": list of parameters, "weight_decay": factor on the scheduled decay (1.0 or 0.0)}
+_CLIP_MODES = ("each", "global")
+
+
+class Optimizer:
+    """What the trainer drives: clip, set, step, clear, save. One implementation per rule of update.
+
+    Args:
+        groups: parameter groups of the method, see :class:`passl.models.method.Method`.
+        weight_decay: used where no ``weight_decay`` schedule is configured.
+        clip_norm: largest norm of a gradient, None for no clipping.
+        clip_mode: "each": every parameter by itself (official DINO); "global": all gradients as one vector.
+    """
+
+    def __init__(
+        self, groups: Sequence[ParamGroup], weight_decay: float = 0.0, clip_norm: Optional[float] = None, clip_mode: str = "each"
+    ) -> None:
+        if clip_mode not in _CLIP_MODES:
+            raise ValueError(f"clip_mode ({clip_mode!r}) must be one of {', '.join(_CLIP_MODES)}")
+        if clip_norm is not None and clip_norm <= 0:
+            raise ValueError(f"clip_norm ({clip_norm}) must be positive; null turns clipping off")
+        self.groups = [group for group in groups if group["params"]]
+        self.parameters = [p for group in self.groups for p in group["params"]]
+        if not self.parameters:
+            raise ValueError("the method has no trainable parameter")
+        self.clip_norm = clip_norm
+        self.clip_mode = clip_mode
+        self.learning_rate = 0.0
+        self.weight_decay = weight_decay
+
+    def set(self, learning_rate: float, weight_decay: Optional[float] = None) -> None:
+        """Values for the next step; the decay acts on each group times the group's own factor."""
+        self.learning_rate = learning_rate
+        if weight_decay is not None:
+            self.weight_decay = weight_decay
+
+    @paddle.no_grad()
+    def clip_gradients(self) -> list[Optional[paddle.Tensor]]:
+        """Scale gradients down to ``clip_norm``; returns the norm of each parameter's gradient before (None: no gradient).
+
+        The factor is ``clip_norm / (norm + 1e-6)`` where that is below one, as in the official code.
+        """
+        norms = [None if p.grad is None else _norm(p.grad) for p in self.parameters]
+        present = [norm for norm in norms if norm is not None]
+        if self.clip_norm is None or not present:
+            return norms
+        if self.clip_mode == "global":
+            total = _norm(paddle.stack(present))
+            self._scale([total] * len(norms))
+        else:
+            self._scale(norms)
+        return norms
+
+    def _scale(self, norms: Sequence[Optional[paddle.Tensor]]) -> None:
+        on_cpu = self.parameters[0].place.is_cpu_place()
+        for parameter, norm in zip(self.parameters, norms):
+            if parameter.grad is None or norm is None:
+                continue
+            factor = self.clip_norm / (norm + 1e-6)
+            # Reading a number costs nothing on a CPU and saves a pass over the gradient; on a GPU it would stall the queue.
+            if not on_cpu:
+                parameter.grad.multiply_(factor.clip(max=1.0).astype(parameter.grad.dtype))
+            elif factor.item() < 1:
+                parameter.grad.scale_(factor.item())
+
+    def step(self) -> None:
+        """Update every parameter that has a gradient."""
+        raise NotImplementedError
+
+    def clear_grad(self) -> None:
+        """Forget all gradients (None, not zero: a dropped gradient must not advance any moment)."""
+        for parameter in self.parameters:
+            parameter.clear_gradient(False)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Moments and counters, keyed by parameter name + what they are."""
+        raise NotImplementedError
+
+    def load_state_dict(self, state: Mapping[str, np.ndarray]) -> None:
+        """The opposite of :meth:`state_dict`.
+
+        Raises:
+            CheckpointError: an entry belongs to no parameter of this optimizer, or has another shape.
+        """
+        raise NotImplementedError
+
+
+class _PaddleOptimizer(Optimizer):
+    """An optimizer of Paddle's, kept in step with the schedules."""
+
+    inner: paddle.optimizer.Optimizer
+
+    def set(self, learning_rate: float, weight_decay: Optional[float] = None) -> None:
+        super().set(learning_rate, weight_decay)
+        self.inner.set_lr(float(learning_rate))
+
+    def step(self) -> None:
+        self.inner.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        state = self.inner.state_dict()
+        state.pop("LR_Scheduler", None)
+        return state
+
+    def load_state_dict(self, state: Mapping[str, np.ndarray]) -> None:
+        _check_state(state, self.parameters)
+        self.inner.set_state_dict(_tensors(state))
+
+
+@OPTIMIZERS.register("AdamW")
+class AdamW(_PaddleOptimizer):
+    """Adam with decoupled weight decay (Loshchilov & Hutter 2019)."""
+
+    def __init__(
+        self,
+        groups: Sequence[ParamGroup],
+        beta1: float = 0.9,
+        beta2: float = 0.999,
+        epsilon: float = 1e-8,
+        weight_decay: float = 0.04,
+        clip_norm: Optional[float] = None,
+        clip_mode: str = "each",
+        multi_precision: bool = True,
+    ) -> None:
+        super().__init__(groups, weight_decay, clip_norm, clip_mode)
+        self.inner = paddle.optimizer.AdamW(
+            learning_rate=0.0,
+            parameters=[{"params": g["params"], "weight_decay": g["weight_decay"] * weight_decay} for g in self.groups],
+            beta1=beta1,
+            beta2=beta2,
+            epsilon=epsilon,
+            multi_precision=multi_precision,
+        )
+
+    def set(self, learning_rate: float, weight_decay: Optional[float] = None) -> None:
+        super().set(learning_rate, weight_decay)
+        # Paddle has no public way to change a group's decay after construction.
+        for inner_group, group in zip(self.inner._param_groups, self.groups):
+            inner_group["weight_decay"] = self.weight_decay * group["weight_decay"]
+
+
+@OPTIMIZERS.register("Momentum", "SGD")
+class Momentum(_PaddleOptimizer):
+    """Stochastic gradient descent with momentum; the decay is added to the gradient (L2), as PyTorch's SGD does."""
+
+    def __init__(
+        self,
+        groups: Sequence[ParamGroup],
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        use_nesterov: bool = False,
+        clip_norm: Optional[float] = None,
+        clip_mode: str = "each",
+        multi_precision: bool = True,
+    ) -> None:
+        super().__init__(groups, weight_decay, clip_norm, clip_mode)
+        self.inner = paddle.optimizer.Momentum(
+            learning_rate=0.0,
+            parameters=self.parameters,
+            momentum=momentum,
+            use_nesterov=use_nesterov,
+            multi_precision=multi_precision,
+        )
+
+    @paddle.no_grad()
+    def step(self) -> None:
+        for group in self.groups:
+            decay = self.weight_decay * group["weight_decay"]
+            if decay:
+                for parameter in group["params"]:
+                    if parameter.grad is not None:
+                        parameter.grad.add_(parameter.astype(parameter.grad.dtype) * decay)
+        super().step()
+
+
+@OPTIMIZERS.register("LARS")
+class LARS(Optimizer):
+    """Momentum with layer-wise adaptive rates (You et al. 2017), by the official DINO's rule.
+
+    Parameters of groups with decay get ``decay * p`` added and the result scaled by ``trust_coefficient * |p| / |g|`` (1
+    where either norm is 0); the others take plain momentum steps. Paddle's own LARS differs by 6e-5.
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[ParamGroup],
+        momentum: float = 0.9,
+        trust_coefficient: float = 0.001,
+        weight_decay: float = 0.0,
+        clip_norm: Optional[float] = None,
+        clip_mode: str = "each",
+    ) -> None:
+        super().__init__(groups, weight_decay, clip_norm, clip_mode)
+        self.momentum = momentum
+        self.trust_coefficient = trust_coefficient
+        self._velocity: dict[str, paddle.Tensor] = {}
+
+    @paddle.no_grad()
+    def step(self) -> None:
+        for group in self.groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._update(parameter, group["weight_decay"])
+
+    def _update(self, parameter: paddle.Tensor, decay_factor: float) -> None:
+        update = parameter.grad.astype(parameter.dtype)
+        if decay_factor:
+            update = update + parameter * (self.weight_decay * decay_factor)
+            parameter_norm, update_norm = _norm(parameter), _norm(update)
+            adapted = (parameter_norm > 0) & (update_norm > 0)
+            ratio = self.trust_coefficient * parameter_norm / paddle.where(adapted, update_norm, paddle.ones_like(update_norm))
+            update = update * paddle.where(adapted, ratio, paddle.ones_like(ratio)).astype(update.dtype)
+        velocity = self._velocity.get(parameter.name)
+        velocity = update if velocity is None else velocity * self.momentum + update
+        self._velocity[parameter.name] = velocity
+        parameter.subtract_(velocity * self.learning_rate)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {f"{name}_velocity_0": velocity for name, velocity in self._velocity.items()}
+
+    def load_state_dict(self, state: Mapping[str, np.ndarray]) -> None:
+        _check_state(state, self.parameters)
+        self._velocity = {name[: -len("_velocity_0")]: value for name, value in _tensors(state).items()}
+
+
+def _norm(tensor: paddle.Tensor) -> paddle.Tensor:
+    """Euclidean norm of all elements, in float32 at least."""
+    flat = tensor.reshape([-1])
+    if flat.dtype in (paddle.float16, paddle.bfloat16):
+        flat = flat.astype("float32")
+    return paddle.dot(flat, flat).sqrt()
+
+
+def _tensors(state: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    return {k: {n: paddle.to_tensor(v) for n, v in x.items()} if isinstance(x, Mapping) else paddle.to_tensor(x) for k, x in state.items()}
+
+
+def _check_state(state: Mapping[str, np.ndarray], parameters: Sequence[paddle.Tensor]) -> None:
+    """Each entry must be named after a parameter and have its shape (or be a counter): Paddle would skip the rest silently."""
+    by_length = sorted(parameters, key=lambda p: -len(p.name))
+    for key, value in state.items():
+        if key == "master_weights":
+            continue
+        owner = next((p for p in by_length if key.startswith(p.name + "_")), None)
+        if owner is None:
+            raise CheckpointError(f"the optimizer state has {key}, which belongs to no trainable parameter of this model")
+        if value.size > 1 and list(value.shape) != list(owner.shape):
+            raise CheckpointError(f"the optimizer state {key} has shape {list(value.shape)}, its parameter {list(owner.shape)}")

@@ -1,0 +1,124 @@
+"""Reads the configurations that PASSL publishes for its DINO linear probes; nothing else knows their form."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from passl.config import Config, ConfigError
+
+# PASSL's name of a backbone -> ours and its patch size.
+_BACKBONES = {
+    "dino_deit_small16": ("vit_small", 16),
+    "dino_deit_small8": ("vit_small", 8),
+    "dino_vit_base16": ("vit_base", 16),
+    "dino_vit_base8": ("vit_base", 8),
+}
+_SUFFIX = "_linearprobe"
+_FIXED = {"task_type": "Classification", "train_loop": "ClassificationTrainingEpochLoop", "validate_loop": "ClassificationEvaluationLoop"}
+
+
+def is_passl(config: Mapping[str, Any]) -> bool:
+    """Whether ``config`` is in PASSL's form: it names one of PASSL's models."""
+    name = (config.get("Model") or {}).get("name") if isinstance(config.get("Model"), Mapping) else None
+    return isinstance(name, str) and name.endswith(_SUFFIX) and name[: -len(_SUFFIX)] in _BACKBONES
+
+
+def translate(config: Config) -> Config:
+    """``config`` in passl's own form; one that is so already is returned as it is.
+
+    Raises:
+        ConfigError: keys that PASSL's linear probes do not have, or values that contradict each other.
+    """
+    if not is_passl(config):
+        return config
+    translator = _Translator(config)
+    result = Config(translator.sections(), config.sources)
+    if translator.problems:
+        raise ConfigError(translator.problems)
+    return result
+
+
+class _Translator:
+    """Takes the sections apart and keeps count of what is wrong with them."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.problems: list[str] = []
+
+    def sections(self) -> dict[str, Any]:
+        known = ("Global", "FP16", "DistributedStrategy", "Model", "Loss", "Metric", "LRScheduler", "Optimizer", "DataLoader", "Export", "EMA")
+        result = {key: value for key, value in self.config.items() if key not in known or key in ("FP16", "Optimizer", "Export", "Evaluators")}
+        result["Global"] = self.global_section()
+        result["Model"] = self.model()
+        result["Schedules"] = {"lr": self.config.get("LRScheduler")}
+        result["DataLoader"] = self.loaders()
+        self.losses_and_metrics()
+        self.strategy()
+        return result
+
+    def problem(self, key: str, message: str) -> None:
+        source = self.config.source(tuple(key.split(".")))
+        self.problems.append(": ".join(filter(None, (source, key, message))))
+
+    def global_section(self) -> dict[str, Any]:
+        section = dict(self.config.get("Global") or {})
+        for key, expected in _FIXED.items():
+            value = section.pop(key, expected)
+            if value != expected:
+                self.problem(f"Global.{key}", f"only {expected} is there for this model, got {value!r}")
+        return {"name": self.config["Model"]["name"], **section}
+
+    def model(self) -> dict[str, Any]:
+        section = dict(self.config["Model"])
+        expected_type = section.pop("name")[: -len(_SUFFIX)]
+        backbone = dict(section.pop("backbone", None) or {})
+        kind = backbone.pop("type", expected_type)
+        if kind != expected_type:
+            self.problem("Model.backbone.type", f"{kind!r} does not belong to the model {expected_type + _SUFFIX!r}")
+        name, patch_size = _BACKBONES[expected_type]
+        if backbone.pop("patch_size", patch_size) != patch_size:
+            self.problem("Model.backbone.patch_size", f"{expected_type} has patches of {patch_size}")
+        backbone.pop("output_dim", None)  # PASSL's own classifier in the backbone, which a probe never uses
+        default_blocks, default_avgpool = (4, False) if name == "vit_small" else (1, True)
+        result = {
+            "name": "LinearProbe",
+            "backbone": {"name": name, "patch_size": patch_size},
+            "num_classes": section.pop("class_num", section.pop("num_classes", 1000)),
+            "n_last_blocks": backbone.pop("n_last_blocks", default_blocks),
+            "avgpool": backbone.pop("avgpool_patchtokens", default_avgpool),
+        }
+        section.pop("num_classes", None)
+        for key in backbone:
+            self.problem(f"Model.backbone.{key}", "no such key in PASSL's DINO backbones")
+        for key in section:
+            self.problem(f"Model.{key}", "no such key in PASSL's linear probes")
+        return result
+
+    def loaders(self) -> Any:
+        loaders = {}
+        for phase, section in (self.config.get("DataLoader") or {}).items():
+            section = dict(section or {})
+            sampler = dict(section.get("sampler") or {})
+            if sampler.pop("name", "DistributedBatchSampler") != "DistributedBatchSampler":
+                self.problem(f"DataLoader.{phase}.sampler.name", "only DistributedBatchSampler is there")
+            loaders[phase] = {**section, "sampler": sampler}
+        return loaders
+
+    def losses_and_metrics(self) -> None:
+        for section, name in (("Loss", "CELoss"), ("Metric", "TopkAcc")):
+            for phase, items in (self.config.get(section) or {}).items():
+                for item in items or []:
+                    if not isinstance(item, Mapping) or list(item) != [name]:
+                        self.problem(f"{section}.{phase}", f"only {name} is there for a linear probe, got {item!r}")
+                    elif name == "CELoss" and (item[name] or {}).get("weight", 1.0) != 1.0:
+                        self.problem(f"{section}.{phase}", "the only loss has weight 1.0")
+
+    def strategy(self) -> None:
+        section = dict(self.config.get("DistributedStrategy") or {})
+        if section.pop("data_parallel", True) is not True:
+            self.problem("DistributedStrategy.data_parallel", "must be true")
+        if section.pop("recompute", None):
+            self.problem("DistributedStrategy.recompute", "a frozen backbone stores nothing to recompute: remove it")
+        for key in section:
+            self.problem(f"DistributedStrategy.{key}", "no such key")

@@ -1,0 +1,235 @@
+"""From a configuration to a finished run: what ``passl-train`` and ``passl-eval`` do."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any, Optional
+
+import paddle
+from paddle import nn
+
+from passl import checkpoint, distributed, log
+from passl.checkpoint import CheckpointError, CheckpointStore
+from passl.config import Config, ConfigError, check, to_yaml
+from passl.engine import build
+from passl.engine.hooks import CheckpointHook, EvaluationHook, LogHook
+from passl.engine.passl_config import translate
+from passl.engine.settings import GlobalSettings, schema
+from passl.engine.trainer import Hook, Trainer
+from passl.evaluators import evaluate
+from passl.models.method import Method
+from passl.schedules import Timeline
+
+logger = logging.getLogger("passl")
+
+
+def checked(config: Config, training: bool) -> Config:
+    """``config`` in passl's own form (PASSL's is translated), every section checked.
+
+    Raises:
+        ConfigError: with all problems.
+    """
+    config = translate(config)
+    check(config, schema(training))
+    return config
+
+
+def train(config: Config, source: Config) -> Trainer:
+    """Run a checked configuration to its end; ``source`` is what the user gave and is saved beside the results."""
+    settings = build.global_settings(config)
+    _start(settings)
+    folder = Path(settings.output_dir) / (settings.name or config["Model"]["name"])
+    log.setup(quiet=not distributed.is_main())
+
+    precision = build.precision(config)
+    paddle.seed(settings.seed)
+    method = build.model(config)
+    loader = build.train_loader(config, settings.seed)
+    line = build.timeline(loader, settings.epochs)
+    optimizer = build.optimizer(config, method)
+    store = CheckpointStore(folder, settings.max_num_latest_checkpoint)
+    states = _load_start(settings, method, optimizer, store, line)
+    _open_folder(folder, source, going_on=states is not None)
+    precision.prepare(method.half_precision_layers())
+    if states:
+        precision.load_state_dict(states["scaler"])
+
+    log_hook = LogHook(folder, settings.print_batch_step, settings.use_visualdl)
+    hooks: list[Hook] = [log_hook]
+    evaluators = build.evaluators(config) if settings.eval_during_train else []
+    if evaluators:
+        interval = _steps(line, settings.eval_interval, settings.eval_unit, "Global.eval_interval")
+        hooks.append(EvaluationHook(evaluators, interval, log_hook, folder))
+    description = {"config": to_yaml(source), "world_size": distributed.world_size(), "length": len(loader.dataset)}
+    save_interval = _steps(line, settings.save_interval, "epoch", "Global.save_interval")
+    hooks.append(CheckpointHook(store, save_interval, description))
+    try:
+        trainer = Trainer(
+            method,
+            optimizer,
+            loader,
+            build.schedules(config, line),
+            line,
+            accum_steps=settings.accum_steps,
+            precision=precision,
+            hooks=hooks,
+            stop_step=settings.max_train_step,
+            seed=settings.seed,
+        )
+    except ValueError as error:
+        raise ConfigError([str(error)]) from error
+    if states:
+        trainer.step = states["step"]
+        trainer.progress = dict(states["progress"])
+    _announce(trainer, method, folder)
+    trainer.fit()
+    return trainer
+
+
+def evaluate_config(config: Config, source: Config) -> dict[str, float]:
+    """Run the evaluators of a checked configuration on its model; writes and returns their numbers."""
+    settings = build.global_settings(config)
+    _start(settings)
+    folder = Path(settings.output_dir) / (settings.name or config["Model"]["name"])
+    log.setup(folder / "eval.log" if distributed.is_main() else None, quiet=not distributed.is_main())
+    paddle.seed(settings.seed)
+    model = build.model(config)
+    if settings.pretrained_model:
+        _load_pretrained(settings, model)
+    else:
+        logger.warning("Global.pretrained_model is not given: evaluating an untrained %s", type(model).__name__)
+    found = build.evaluators(config)
+    if not found:
+        raise ConfigError(["nothing to evaluate: add Evaluators (for example KNN) or DataLoader.Eval"])
+    results: dict[str, float] = {}
+    for evaluator in found:
+        if evaluator.subject == "method" and not hasattr(model, "predict"):
+            raise ConfigError([f"{type(evaluator).__name__} needs a model that predicts classes, and {type(model).__name__} does not"])
+        results.update(evaluate(evaluator, model, folder))
+    logger.info("[Eval] %s", ", ".join(f"{name}: {value:.5f}" for name, value in results.items()))
+    if distributed.is_main():
+        folder.mkdir(parents=True, exist_ok=True)
+        target = folder / "eval.json"
+        target.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        (folder / "eval_config.yaml").write_text(to_yaml(source), encoding="utf-8")
+        logger.info("written to %s", target)
+    return results
+
+
+def _start(settings: GlobalSettings) -> None:
+    """Device, flags and process group, before the first tensor."""
+    gpu = paddle.is_compiled_with_cuda() and paddle.device.cuda.device_count() > 0
+    device = settings.device
+    if device == "auto":
+        device = "gpu" if gpu else "cpu"
+    if device.startswith("gpu") and not gpu:
+        raise ConfigError([f"Global.device={settings.device}: this Paddle finds no GPU. Use -o Global.device=cpu"])
+    try:
+        # Under the launcher each process has its own GPU, and "gpu" means that one.
+        paddle.set_device(device)
+        if settings.flags:
+            paddle.set_flags(settings.flags)
+    except ValueError as error:
+        raise ConfigError([f"Global: {error}"]) from error
+    if device == "cpu":
+        # Strided views make the CPU step twice as slow.
+        paddle.set_flags({"FLAGS_use_stride_kernel": False, **settings.flags})
+    distributed.init()
+
+
+def _load_start(
+    settings: GlobalSettings, method: Method, optimizer: Any, store: CheckpointStore, line: Timeline
+) -> Optional[dict[str, Any]]:
+    """Resume, or pre-trained weights, or scratch: the states of the checkpoint that the run goes on from, if any."""
+    prefix = _resume_prefix(settings, store)
+    if prefix is None:
+        if settings.pretrained_model:
+            _load_pretrained(settings, method)
+        elif method.needs_pretrained:
+            logger.warning("Global.pretrained_model is not given: %s trains on an untrained backbone", type(method).__name__)
+        return None
+    states = checkpoint.read_states(prefix)
+    for key, value in (("steps_per_epoch", line.steps_per_epoch), ("global_batch_size", line.global_batch_size), ("seed", settings.seed)):
+        if states[key] != value:
+            raise CheckpointError(
+                f"{prefix}: saved with {key} {states[key]}, this run has {value}: it would not be the same run. "
+                "Use the same data, batch, processes and seed, or start anew with -o Global.pretrained_model="
+                f"{prefix} and -o Global.checkpoint=null"
+            )
+    checkpoint.load_weights(method, checkpoint.read_weights(prefix), f"{prefix}{checkpoint.PARAMS}")
+    optimizer.load_state_dict(checkpoint.read(checkpoint.with_suffix(prefix, checkpoint.OPTIMIZER)))
+    logger.info("resuming %s at step %d (epoch %d)", prefix, states["step"], states["epoch"] + 1)
+    return states
+
+
+def _resume_prefix(settings: GlobalSettings, store: CheckpointStore) -> Optional[Path]:
+    if settings.checkpoint is None:
+        return None
+    if settings.checkpoint == "auto":
+        prefix = store.newest_intact()
+        if prefix is None:
+            logger.info("Global.checkpoint=auto: no checkpoint in %s, starting anew", store.folder)
+        return prefix
+    prefix = checkpoint.with_suffix(settings.checkpoint, "")
+    try:
+        checkpoint.read_states(prefix)
+    except CheckpointError as error:
+        # A crash between two renames leaves `latest` mixed; the set that it was to point at is still there.
+        whole = CheckpointStore(prefix.parent).newest_intact() if prefix.name == "latest" and prefix.parent.is_dir() else None
+        if whole is None:
+            raise
+        logger.warning("%s; falling back to %s", error, whole)
+        return whole
+    return prefix
+
+
+def _load_pretrained(settings: GlobalSettings, model: nn.Layer) -> None:
+    """Weights of a whole method, of a backbone, or of a run that holds one, into ``model``."""
+    source = checkpoint.with_suffix(settings.pretrained_model, checkpoint.PARAMS)
+    state = checkpoint.read_weights(source)
+    if isinstance(model, Method) and set(state) == set(model.state_dict()):
+        report = checkpoint.load_weights(model, state, source)
+    else:
+        state = checkpoint.backbone_state(state, settings.checkpoint_key)
+        for layer in model.pretrained_layers() if isinstance(model, Method) else [model]:
+            report = checkpoint.load_weights(layer, state, source)
+    logger.info("%s: %s", source, report)
+
+
+def _open_folder(folder: Path, source: Config, going_on: bool) -> None:
+    """Make the run's folder; an earlier run that this one does not go on from is moved aside, not overwritten."""
+    if not distributed.is_main():
+        return
+    if not going_on and any(folder.glob(f"*{checkpoint.PARAMS}")):
+        number = 1
+        while (aside := folder.with_name(f"{folder.name}.old-{number}")).exists():
+            number += 1
+        folder.rename(aside)
+        logger.warning("%s held another run: moved to %s (-o Global.checkpoint=auto would have resumed it)", folder, aside)
+    log.setup(folder / "train.log")
+    (folder / "config.yaml").write_text(to_yaml(source), encoding="utf-8")
+
+
+def _steps(line: Timeline, interval: Any, unit: str, where: str) -> int:
+    """Optimizer steps in an interval; a bare number counts ``unit``."""
+    if unit == "step" and not isinstance(interval, str):
+        interval = f"{interval}it"
+    try:
+        steps = line.steps(interval)
+    except ValueError as error:
+        raise ConfigError([f"{where}: {error}"]) from error
+    if steps < 1:
+        raise ConfigError([f"{where} ({interval}): shorter than one step"])
+    return steps
+
+
+def _announce(trainer: Trainer, method: Method, folder: Path) -> None:
+    trainable = sum(p.size for p in method.parameters() if not p.stop_gradient)
+    line = trainer.timeline
+    logger.info(
+        "%s: %.2f M trainable parameters; %d images per step on %d process(es), %d steps per epoch, steps %d to %d; %s; results in %s",
+        type(method).__name__, trainable / 1e6, line.global_batch_size, distributed.world_size(),
+        line.steps_per_epoch, trainer.step, trainer.stop_step, paddle.get_device(), folder,
+    )  # fmt: skip

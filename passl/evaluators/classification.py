@@ -1,0 +1,49 @@
+"""Accuracy of a model that predicts classes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import paddle
+from paddle import nn
+
+from passl.evaluators.evaluator import Evaluator, map_dataset
+from passl.registry import EVALUATORS
+
+
+@EVALUATORS.register()
+class Classification(Evaluator):
+    """Top-k accuracy in percent, and cross-entropy, of a method with ``predict(images) -> logits`` (a linear probe).
+
+    Args:
+        dataset: labelled images.
+        topk: a k above the number of classes counts every image as right, as in the official code.
+    """
+
+    subject = "method"
+    key_metric = "top1"
+
+    def __init__(self, dataset: Any, batch_size: int = 64, num_workers: int = 0, topk: Sequence[int] = (1, 5)) -> None:
+        if dataset.labels is None:
+            raise ValueError("the data set of the Classification evaluator has no labels")
+        self.dataset = dataset
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+        self.topk = tuple(topk)
+        self.key_metric = f"top{self.topk[0]}"
+
+    def run(self, model: nn.Layer, output_dir: Path) -> dict[str, float]:
+        logits, labels = map_dataset(model.predict, self.dataset, self.batch_size, self.num_workers, "validation")
+        result = {f"top{k}": accuracy(logits, labels, k) for k in self.topk}
+        loss = nn.functional.cross_entropy(paddle.to_tensor(logits), paddle.to_tensor(labels)).item()
+        return {**result, "loss": loss}
+
+
+def accuracy(logits: np.ndarray, labels: np.ndarray, k: int) -> float:
+    """Percentage of rows of ``logits`` [N, C] whose label [N] is among the k largest."""
+    k = min(k, logits.shape[1])
+    largest = np.argpartition(-logits, k - 1, axis=1)[:, :k]
+    return 100.0 * float((largest == labels[:, None]).any(axis=1).mean())

@@ -1,0 +1,71 @@
+"""What an evaluator is, and how features and predictions of a whole data set come together from all processes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Callable
+
+import numpy as np
+import paddle
+from paddle import nn
+from tqdm import tqdm
+
+from passl import distributed
+from passl.data.loader import EpochSampler, Loader
+
+
+class Evaluator:
+    """Reads a frozen model and returns numbers; nothing in it has a gradient.
+
+    Attributes:
+        subject: which part of a method is measured: "backbone" or "method".
+        key_metric: the number of :meth:`run`'s result that decides which checkpoint is best (higher is better).
+    """
+
+    subject = "backbone"
+    key_metric = ""
+
+    def run(self, model: nn.Layer, output_dir: Path) -> dict[str, float]:
+        """Measure ``model`` (in eval mode by now); files, if any, go to ``output_dir``."""
+        raise NotImplementedError
+
+
+def evaluate(evaluator: Evaluator, method: nn.Layer, output_dir: Path) -> dict[str, float]:
+    """Run ``evaluator`` on the part of ``method`` it wants, in eval mode and without gradients."""
+    model = getattr(method, "backbone", method) if evaluator.subject == "backbone" else method
+    model.eval()
+    with paddle.no_grad():
+        return evaluator.run(model, output_dir)
+
+
+def map_dataset(
+    function: Callable[[paddle.Tensor], paddle.Tensor], dataset: Any, batch_size: int, num_workers: int = 0, title: str = ""
+) -> tuple[np.ndarray, np.ndarray]:
+    """``function`` of every image, shared out over processes and put together in the order of the data set.
+
+    Args:
+        function: images [B, 3, H, W] -> one row each [B, ...].
+
+    Returns:
+        Rows [N, ...] and labels [N] (-1 for images without a label), on every process.
+    """
+    rows, labels, indices = [], [], []
+    for batch in _batches(dataset, batch_size, num_workers, title):
+        images = batch["image"]
+        rows.append(function(images if isinstance(images, paddle.Tensor) else paddle.to_tensor(images)).numpy())
+        indices.append(np.asarray(batch["index"]))
+        labels.append(np.asarray(batch["label"]) if "label" in batch else np.full(len(indices[-1]), -1))
+    gathered = [distributed.gather_rows(np.concatenate(parts)) for parts in (rows, labels, indices)]
+    # Processes get equal shares, so a few images at the end may come twice.
+    _, first = np.unique(gathered[2], return_index=True)
+    return gathered[0][first], gathered[1][first]
+
+
+def _batches(dataset: Any, batch_size: int, num_workers: int, title: str) -> Iterator[dict[str, Any]]:
+    sampler = EpochSampler(
+        len(dataset), batch_size, rank=distributed.rank(), world_size=distributed.world_size(), shuffle=False, drop_last=False
+    )
+    batches = Loader(dataset, sampler, num_workers=num_workers).iterate(0, sampler.steps_per_epoch)
+    hidden = None if distributed.is_main() else True  # None: shown on a terminal only
+    yield from tqdm(batches, total=sampler.steps_per_epoch, desc=title, unit="batch", leave=False, disable=hidden)

@@ -1,0 +1,99 @@
+"""What a run writes about itself: console and file log, ``metrics.jsonl``, averages."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Optional
+
+from tqdm import tqdm
+
+logger = logging.getLogger("passl")
+
+
+class _ConsoleHandler(logging.Handler):
+    """Writes through tqdm, so that a log line does not tear the progress bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
+def setup(file: Optional[Path] = None, quiet: bool = False) -> None:
+    """Send the log to stderr, and to ``file`` as well; ``quiet`` (every process but the first) keeps only errors."""
+    formatter = logging.Formatter("[%(asctime)s] %(name)s %(levelname)s: %(message)s", "%Y/%m/%d %H:%M:%S")
+    handlers: list[logging.Handler] = [_ConsoleHandler()]
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        handlers.append(logging.FileHandler(file, encoding="utf-8"))
+    for handler in list(logger.handlers):
+        logger.removeHandler(handler)
+        handler.close()
+    for handler in handlers:
+        handler.setFormatter(formatter)
+        logger.addHandler(handler)
+    logger.setLevel(logging.ERROR if quiet else logging.INFO)
+    logger.propagate = False
+
+
+class Average:
+    """Mean of the finite and non-finite values given to it, weighted by ``count``."""
+
+    def __init__(self) -> None:
+        self.total = 0.0
+        self.count = 0
+
+    def update(self, value: float, count: int = 1) -> None:
+        self.total += value * count
+        self.count += count
+
+    @property
+    def mean(self) -> float:
+        return self.total / self.count if self.count else math.nan
+
+
+class MetricsFile:
+    """``metrics.jsonl``: one JSON object per line, each with the ``step`` (optimizer steps done) it was measured at.
+
+    Opened for a run that goes on at ``step``, it drops what a killed process wrote after that step, so no step is listed
+    twice.
+    """
+
+    def __init__(self, path: Path, step: int = 0) -> None:
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kept = [row for row in read_metrics(path) if step and row["step"] <= step]
+        partial = path.with_suffix(".partial")
+        partial.write_text("".join(_line(row) for row in kept), encoding="utf-8")
+        partial.replace(path)
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(_line({"step": step, **values}))
+
+
+def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a ``metrics.jsonl``, without a last line that a killed process left half written."""
+    if not path.is_file():
+        return
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(row, dict) and "step" in row:
+            yield row
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    return json.dumps(row) + "\n"
+
+
+def duration(seconds: float) -> str:
+    """``seconds`` as days, hours, minutes, seconds: ``1 day, 2:03:04`` or ``0:05:09``."""
+    days, rest = divmod(round(seconds), 86400)
+    clock = f"{rest // 3600}:{rest // 60 % 60:02d}:{rest % 60:02d}"
+    return f"{days} day{'s' if days > 1 else ''}, {clock}" if days else clock

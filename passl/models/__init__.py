@@ -1,0 +1,18 @@
+"""Networks and methods. Importing this registers all of them."""
+
+from passl.models.dino import DINO, DINOHead, DINOLoss
+from passl.models.method import Method
+from passl.models.probe import LinearProbe
+from passl.models.vision_transformer import VisionTransformer, vit_base, vit_small, vit_tiny
+
+__all__ = [
+    "DINO",
+    "DINOHead",
+    "DINOLoss",
+    "LinearProbe",
+    "Method",
+    "VisionTransformer",
+    "vit_base",
+    "vit_small",
+    "vit_tiny",
+]

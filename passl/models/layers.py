@@ -1,0 +1,84 @@
+"""The small parts that the networks share."""
+
+from __future__ import annotations
+
+import math
+
+import paddle
+import paddle.nn.functional as F
+from paddle import Tensor, nn
+
+# The official trunc_normal_(std=0.02) cuts at +-2, which is 100 standard deviations: a plain normal. Paddle's
+# TruncatedNormal cuts at 2 standard deviations and would give 0.0176.
+NORMAL_002 = nn.initializer.Normal(std=0.02)
+ZERO = nn.initializer.Constant(0.0)
+ONE = nn.initializer.Constant(1.0)
+
+
+def torch_uniform(fan_in: int) -> nn.initializer.Initializer:
+    """U(+-1/sqrt(fan_in)): what PyTorch gives to a Linear or Conv2d that nobody initialises."""
+    bound = 1.0 / math.sqrt(fan_in)
+    return nn.initializer.Uniform(-bound, bound)
+
+
+def linear(in_dim: int, out_dim: int, bias: bool = True) -> nn.Linear:
+    """A linear layer with the official initialisation of transformers and heads: N(0, 0.02), bias 0."""
+    return nn.Linear(in_dim, out_dim, weight_attr=NORMAL_002, bias_attr=ZERO if bias else False)
+
+
+class DropPath(nn.Layer):
+    """Stochastic depth (Huang et al. 2016): drops whole samples of a residual branch in training.
+
+    Kept samples are divided by the probability of keeping. x: [B, ...] -> same shape.
+    """
+
+    def __init__(self, rate: float = 0.0) -> None:
+        super().__init__()
+        if not 0.0 <= rate < 1.0:
+            raise ValueError(f"drop path rate ({rate}) must be in [0, 1)")
+        self.rate = rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.rate == 0.0 or not self.training:
+            return x
+        keep = 1.0 - self.rate
+        mask = paddle.bernoulli(paddle.full([x.shape[0]] + [1] * (x.ndim - 1), keep, dtype="float32"))
+        return x * (mask / keep).astype(x.dtype)
+
+
+class Mlp(nn.Layer):
+    """Linear, exact (erf) GELU, linear. x: [..., dim] -> [..., dim]."""
+
+    def __init__(self, dim: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.fc1 = linear(dim, hidden_dim)
+        self.fc2 = linear(hidden_dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class BatchNorm1D(nn.BatchNorm1D):
+    """Batch norm with PyTorch's running statistics: Paddle keeps the biased variance. x: [B, D] -> [B, D]."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and x.shape[0] < 2:
+            raise ValueError(f"batch norm needs at least 2 rows in training, got {x.shape[0]}")
+        mean, variance = self._mean, self._variance
+        if self.training:
+            self._update_statistics(x)
+            mean, variance = mean.clone(), variance.clone()  # for F.batch_norm to update in its own way
+        return F.batch_norm(
+            x, mean, variance, self.weight, self.bias, self.training, self._momentum, self._epsilon
+        )
+
+    @paddle.no_grad()
+    def _update_statistics(self, x: Tensor) -> None:
+        x = x.astype(self._mean.dtype)
+        for running, batch in ((self._mean, x.mean(0)), (self._variance, x.var(0))):
+            running.set_value(self._momentum * running + (1.0 - self._momentum) * batch)
+
+
+def learned_parameters(layer: nn.Layer) -> list[Tensor]:
+    """All parameters, trainable or not, without the running statistics, which are parameters too in Paddle."""
+    return [p for name, p in layer.named_parameters() if name.rpartition(".")[2] not in ("_mean", "_variance")]

@@ -1,0 +1,56 @@
+"""What an algorithm is to the engine."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from paddle import Tensor, nn
+
+
+class Method(nn.Layer):
+    """Base of every algorithm with a gradient; the engine calls nothing else than what is named here.
+
+    A step is: forward -> backward -> after_backward -> clipping's and the optimizer's step -> after_step. With
+    gradient accumulation there are several forward and backward calls before one after_backward and after_step.
+    Scheduled values (teacher_temp, teacher_momentum ...) arrive as keywords of forward or after_step.
+    """
+
+    backbone: nn.Layer  # what is evaluated, exported and converted
+    needs_pretrained = False  # True: starting from random weights is worth a warning
+
+    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """{"loss": scalar, ...more scalars to log}"""
+        raise NotImplementedError(f"{type(self).__name__} must define forward(batch, ...)")
+
+    def param_groups(self) -> list[dict[str, Any]]:
+        """Trainable parameters as [{"params": regularised, "weight_decay": 1.0}, {"params": rest, "weight_decay": 0.0}].
+
+        Not regularised are biases and 1-D parameters, as in the official code. weight_decay multiplies the scheduled value.
+        """
+        groups: dict[float, list[Tensor]] = {1.0: [], 0.0: []}
+        for name, parameter in self.named_parameters():
+            if not parameter.stop_gradient:
+                groups[1.0 if is_regularized(name, parameter.ndim) else 0.0].append(parameter)
+        return [{"params": params, "weight_decay": factor} for factor, params in groups.items()]
+
+    def after_backward(self, epoch: int) -> None:
+        """Called once per optimizer step, when all gradients are there. epoch counts from 0."""
+
+    def after_step(self) -> None:
+        """Called after the optimizer's step."""
+
+    def pretrained_layers(self) -> list[nn.Layer]:
+        """The backbones that start from `Global.pretrained_model`."""
+        return [self.backbone]
+
+    def half_precision_layers(self) -> list[nn.Layer]:
+        """What is cast to half precision at level O2; the rest keeps float32 weights."""
+        return [self]
+
+
+def is_regularized(name: str, ndim: int) -> bool:
+    """Whether weight decay applies to a parameter: not to biases and 1-D parameters.
+
+    The gain of a weight-normed layer is 1-D here, but (K, 1) in PyTorch, where it therefore is regularised.
+    """
+    return name.endswith(".weight_g") or (ndim > 1 and not name.endswith(".bias"))

@@ -1,0 +1,92 @@
+"""A linear classifier on a frozen backbone."""
+
+from __future__ import annotations
+
+from typing import Callable
+
+import paddle
+import paddle.nn.functional as F
+from paddle import Tensor, nn
+
+from passl.models.layers import ZERO
+from passl.models.method import Method
+from passl.registry import METHODS
+
+
+class LinearClassifier(nn.Layer):
+    """One linear layer, N(0, 0.01) and bias 0. [B, in_dim] -> [B, num_classes]."""
+
+    def __init__(self, in_dim: int, num_classes: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(
+            in_dim, num_classes, weight_attr=nn.initializer.Normal(std=0.01), bias_attr=ZERO
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x)
+
+
+@METHODS.register()
+class LinearProbe(Method):
+    """Trains a linear classifier on the features of a frozen backbone (Caron et al. 2021, section 4.1).
+
+    The features of a transformer are the normalised [CLS] tokens of its last `n_last_blocks` blocks; with `avgpool` the
+    mean of the last block's patch tokens is added, interleaved with its [CLS]: [cls_0, mean_0, cls_1, mean_1, ...].
+    A backbone without `get_intermediate_layers` (a convnet) gives its output, whatever these two say.
+    """
+
+    needs_pretrained = True
+
+    def __init__(
+        self,
+        backbone: Callable[..., nn.Layer],
+        num_classes: int,
+        n_last_blocks: int = 4,
+        avgpool: bool = False,
+    ) -> None:
+        super().__init__()
+        if num_classes < 1:
+            raise ValueError(f"num_classes ({num_classes}) must be at least 1")
+        self.backbone = backbone()
+        self.backbone.eval()
+        for parameter in self.backbone.parameters():
+            parameter.stop_gradient = True
+        self.num_classes = num_classes
+        self.n_last_blocks = n_last_blocks
+        self.avgpool = avgpool
+        self._has_blocks = hasattr(self.backbone, "get_intermediate_layers")
+        width = n_last_blocks + int(avgpool) if self._has_blocks else 1
+        self.linear = LinearClassifier(self.backbone.embed_dim * width, num_classes)
+
+    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """batch: "image" [B, C, H, W], "label" [B] -> the loss, and top1 and (with 5 classes or more) top5 in percent.
+
+        metric and CELoss repeat top1 and loss under the names of PASSL's log line.
+        """
+        logits = self.predict(batch["image"])
+        label = batch["label"]
+        loss = F.cross_entropy(logits, label)
+        hits = paddle.topk(logits, min(5, self.num_classes))[1] == label.unsqueeze(-1)
+        percent = hits.astype("float32").sum(0) * (100.0 / label.shape[0])  # by rank
+        outputs = {"top1": percent[0], "metric": percent[0]}
+        if self.num_classes >= 5:
+            outputs["top5"] = percent.sum()
+        return {**outputs, "CELoss": loss, "loss": loss}
+
+    def predict(self, images: Tensor) -> Tensor:
+        """[B, C, H, W] -> logits [B, num_classes]"""
+        return self.linear(self.features(images))
+
+    @paddle.no_grad()
+    def features(self, images: Tensor) -> Tensor:
+        """[B, C, H, W] -> what the classifier sees, [B, D*(n_last_blocks + avgpool)]"""
+        if self.backbone.training:  # here, because train() of any layer above switches the flag
+            self.backbone.eval()
+        if not self._has_blocks:
+            return self.backbone(images)
+        tokens = self.backbone.get_intermediate_layers(images, self.n_last_blocks)
+        parts = [x[:, 0] for x in tokens]
+        if self.avgpool:
+            pair = paddle.stack([parts[-1], tokens[-1][:, 1:].mean(1)], axis=-1)
+            parts[-1] = pair.reshape([images.shape[0], -1])
+        return paddle.concat(parts, axis=-1)

@@ -1,0 +1,18 @@
+"""What all tests share."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+# Before numpy and Paddle are imported: the test processes run side by side, one thread each.
+for _variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ.setdefault(_variable, "1")
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def reference() -> Path:
+    """The folder of the official code's recorded outputs (see tests/reference/README.md)."""
+    return Path(os.environ.get("PASSL_REFERENCE") or Path(__file__).parent / "reference")

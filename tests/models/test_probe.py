@@ -1,0 +1,120 @@
+"""The linear probe against recorded features and losses of the official code."""
+
+import functools
+import json
+
+import numpy as np
+import paddle
+import pytest
+from paddle import nn
+
+from passl.models import LinearProbe, VisionTransformer
+from tests.models.weights import assert_close, load
+from tests.torch_files import load_torch_zip
+
+
+def recorded_probe(reference, case: str, recorded) -> LinearProbe:
+    meta = json.loads((reference / "eval_meta.json").read_text())[f"linear_{case}"]
+    state = load_torch_zip(reference / "linear_backbone_fullstyle.pth")
+    state = state.get(meta["args"]["checkpoint_key"], state)
+    state = {name.replace("module.", "").replace("backbone.", ""): value for name, value in state.items()}
+    probe = LinearProbe(
+        functools.partial(VisionTransformer, img_size=meta.get("img_size", 48), **meta["arch"]),
+        num_classes=len(recorded[f"{case}/init_bias"]),
+        n_last_blocks=meta["args"]["n_last_blocks"],
+        avgpool=meta["args"]["avgpool_patchtokens"],
+    )
+    load(probe.backbone, state)
+    load(probe.linear.linear, {"weight": recorded[f"{case}/init_weight"], "bias": recorded[f"{case}/init_bias"]})
+    return probe
+
+
+def images(recorded: np.ndarray) -> paddle.Tensor:
+    return paddle.to_tensor(recorded.astype("float32") * 2.0**-6 - 2.0)
+
+
+@pytest.mark.smoke
+def test_features_and_first_loss(reference):
+    recorded = np.load(reference / "linear.npz")
+    cases = {key.split("/")[0] for key in recorded.files if "/" in key}
+    assert cases
+    for case in cases:
+        probe = recorded_probe(reference, case, recorded)
+        probe.train()
+        for split in ("train", "val"):
+            features = probe.features(images(recorded[f"{split}_images_u8"]))
+            assert_close(features, recorded[f"{case}/{split}_features"], 2e-5, f"{case} {split} features")
+        rows = recorded[f"{case}/order"][0][: int(recorded[f"{case}/batch_size"])]
+        batch = {
+            "image": images(recorded["train_images_u8"][rows]),
+            "label": paddle.to_tensor(recorded["train_labels"][rows]),
+        }
+        loss = probe(batch)["loss"].item()
+        assert_close(loss, recorded[f"{case}/loss_per_step"][0], 1e-4, f"{case} loss")
+
+
+def vit(**arguments) -> VisionTransformer:
+    return VisionTransformer(16, 8, embed_dim=6, depth=3, num_heads=2, **arguments)
+
+
+def test_interleaving():
+    """[CLS] of the earlier blocks, then [CLS] and mean patch token of the last one in turns."""
+    probe = LinearProbe(vit, num_classes=3, n_last_blocks=2, avgpool=True)
+    x = paddle.randn([2, 3, 16, 24])
+    earlier, last = (tokens.numpy() for tokens in probe.backbone.get_intermediate_layers(x, 2))
+    features = probe.features(x).numpy()
+    assert features.shape == (2, 6 * 3)
+    assert_close(features[:, :6], earlier[:, 0], 1e-6)
+    assert_close(features[:, 6::2], last[:, 0], 1e-6)
+    assert_close(features[:, 7::2], last[:, 1:].mean(1), 1e-6)
+
+
+def test_backbone_stays_frozen_and_in_eval_mode():
+    probe = LinearProbe(functools.partial(vit, drop_path_rate=0.9), num_classes=7, n_last_blocks=2)
+    probe.train()
+    before = {name: value.numpy().copy() for name, value in probe.backbone.state_dict().items()}
+    x, label = paddle.randn([4, 3, 16, 16]), paddle.to_tensor([0, 1, 2, 6])
+    assert (probe.features(x).numpy() == probe.features(x).numpy()).all()  # no drop path
+    groups = probe.param_groups()
+    names = {id(parameter): name for name, parameter in probe.named_parameters()}
+    assert [[names[id(p)] for p in group["params"]] for group in groups] == [["linear.linear.weight"], ["linear.linear.bias"]]
+    optimizer = paddle.optimizer.Momentum(0.1, parameters=[p for group in groups for p in group["params"]])
+    first = probe({"image": x, "label": label})["loss"]
+    first.backward()
+    optimizer.step()
+    assert probe({"image": x, "label": label})["loss"].item() < first.item()
+    for name, value in probe.backbone.state_dict().items():
+        assert (value.numpy() == before[name]).all(), name
+    assert "backbone.cls_token" in probe.state_dict()
+
+
+def test_rates():
+    probe = LinearProbe(vit, num_classes=6, n_last_blocks=1)
+    logits = np.array([[6, 5, 4, 3, 2, 1], [1, 6, 5, 4, 3, 2], [1, 2, 3, 4, 5, 6]], "float32")
+    probe.predict = lambda images: paddle.to_tensor(logits)
+    outputs = probe({"image": None, "label": paddle.to_tensor([0, 2, 0])})
+    assert_close(outputs["top1"].item(), 1 / 3, 1e-6)
+    assert_close(outputs["top5"].item(), 2 / 3, 1e-6)
+
+
+def test_fewer_than_five_classes_have_no_top5():
+    probe = LinearProbe(vit, num_classes=2, n_last_blocks=1)
+    outputs = probe({"image": paddle.zeros([2, 3, 16, 16]), "label": paddle.to_tensor([0, 1])})
+    assert set(outputs) == {"loss", "top1"}
+
+
+def test_convnet():
+    class Pooled(nn.Layer):
+        embed_dim = 3
+
+        def forward(self, x):
+            return x.mean([2, 3])
+
+    assert LinearProbe(Pooled, num_classes=4).predict(paddle.zeros([2, 3, 5, 5])).shape == [2, 4]
+
+
+def test_wrong_arguments():
+    with pytest.raises(ValueError, match=r"num_classes \(0\) must be at least 1"):
+        LinearProbe(vit, num_classes=0)
+    with pytest.raises(ValueError, match=r"n \(4\) must be between 1 and the number of blocks \(3\)"):
+        LinearProbe(vit, num_classes=2).predict(paddle.zeros([1, 3, 16, 16]))

@@ -1,0 +1,212 @@
+"""The vision transformer against recorded outputs of the official code."""
+
+import json
+import re
+
+import numpy as np
+import paddle
+import pytest
+
+from passl.models import VisionTransformer, vit_base, vit_small, vit_tiny
+from passl.registry import BACKBONES
+from tests.models.weights import assert_close, generated_state, load, load_refgen, to_torch
+from tests.torch_files import load_torch_zip
+
+def images(recorded: np.ndarray) -> paddle.Tensor:
+    """Recorded bytes are exact images by this rule (README of the recordings)."""
+    return paddle.to_tensor(recorded.astype(paddle.get_default_dtype()) * 2.0**-6 - 2.0)
+
+
+def recorded_model(reference, patch_size: int) -> VisionTransformer:
+    config = json.loads((reference / "vit_meta.json").read_text())[f"vit_p{patch_size}"]
+    model = VisionTransformer(img_size=224, **config)
+    load(model, load_torch_zip(reference / f"vit_p{patch_size}_backbone.pth"))
+    model.eval()
+    return model
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("patch_size", [16, 8])
+def test_outputs_at_all_sizes(reference, patch_size):
+    recorded = np.load(reference / f"vit_p{patch_size}_io.npz")
+    model = recorded_model(reference, patch_size)
+    sizes = [key.split("/")[0] for key in recorded.files if key.endswith("/input_u8")]
+    assert sizes
+    for size in sizes:
+        x = images(recorded[f"{size}/input_u8"])
+        with paddle.no_grad():
+            assert_close(model(x), recorded[f"{size}/forward"], 2e-5, f"{size}/forward")
+            layers = [layer.numpy() for layer in model.get_intermediate_layers(x, n=4)]
+            attention = model.get_last_selfattention(x).numpy()
+            actual = {
+                "intermediate4_cls": np.stack([layer[:, 0] for layer in layers]),
+                "intermediate4_patchmean": np.stack([layer[:, 1:].mean(1) for layer in layers]),
+                "intermediate4_full": np.stack(layers),
+                "intermediate1_full_first_image": model.get_intermediate_layers(x, n=1)[0].numpy()[0],
+                "prepare_tokens": model.prepare_tokens(x),
+                "last_attention_cls_row": attention[:, :, 0],
+                "last_attention_col_mean": attention.mean(2),
+                "last_attention_full_first_image": attention[0],
+            }
+        for name, value in actual.items():
+            if f"{size}/{name}" in recorded:
+                tolerance = 1e-6 if "attention" in name else 2e-5
+                assert_close(value, recorded[f"{size}/{name}"], tolerance, f"{size}/{name}")
+
+
+@pytest.mark.parametrize("patch_size", [16, 8])
+def test_outputs_in_float64(reference, float64, patch_size):
+    recorded = np.load(reference / f"vit_p{patch_size}_io.npz")
+    model = recorded_model(reference, patch_size)
+    for key in [key for key in recorded.files if key.endswith("/forward_f64")]:
+        with paddle.no_grad():
+            output = model(images(recorded[key.replace("forward_f64", "input_u8")]))
+        assert_close(output, recorded[key], 1e-10, key)
+
+
+@pytest.mark.smoke
+def test_position_encoding(reference):
+    recorded = np.load(reference / "pos_encoding.npz")
+    bases = [key for key in recorded.files if key.endswith("/pos_embed")]
+    assert bases
+    for base in bases:
+        prefix = base[: -len("pos_embed")]
+        patch_size = int(prefix.split("/")[0][1:])
+        pos_embed = recorded[base]
+        side = int(round((pos_embed.shape[1] - 1) ** 0.5))
+        for key in recorded.files:
+            size = key[len(prefix) :]
+            if key.startswith(prefix) and size[0].isdigit():
+                dtype = "float64" if size.endswith("_f64") else "float32"
+                height, width = map(int, size.replace("_f64", "").split("x"))
+                actual = interpolated(pos_embed.astype(dtype), side * patch_size, patch_size, height, width)
+                assert_close(actual[0], recorded[key], 1e-10 if dtype == "float64" else 5e-6, key)
+
+
+def interpolated(pos_embed, img_size, patch_size, height, width, mode="scale") -> np.ndarray:
+    dtype = paddle.get_default_dtype()
+    paddle.set_default_dtype(str(pos_embed.dtype))
+    try:
+        dim = pos_embed.shape[-1]
+        model = VisionTransformer(img_size, patch_size, 1, dim, depth=0, num_heads=1, pos_embed_mode=mode)
+        model.pos_embed.set_value(pos_embed)
+        with paddle.no_grad():
+            return model.interpolate_pos_encoding(height, width).numpy()
+    finally:
+        paddle.set_default_dtype(dtype)
+
+
+def test_position_encoding_is_differentiable():
+    model = VisionTransformer(32, 8, 1, embed_dim=4, depth=0, num_heads=1)
+    model.interpolate_pos_encoding(16, 40).sum().backward()
+    gradient = model.pos_embed.grad.numpy()
+    assert np.allclose(gradient[0, 0], 1.0) and np.allclose(gradient[0, 1:].sum(0), 2 * 5, atol=1e-4)
+
+
+def test_size_mode_agrees_with_clemsgrs(reference):
+    """Their patch model calls the same interpolation with recompute_scale_factor=True."""
+    if not (reference / "hipt_meta.json").exists():
+        pytest.skip("this recording has no hipt_*")
+    config = json.loads((reference / "hipt_meta.json").read_text())["patch"]
+    arch = {key: config[key] for key in ("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio")}
+    recorded = np.load(reference / "hipt_models.npz")
+    state = load_torch_zip(reference / "hipt_patch_backbone.pth")
+    side = int(round((state["pos_embed"].shape[1] - 1) ** 0.5))
+    model = VisionTransformer(img_size=side * arch["patch_size"], pos_embed_mode="size", **arch)
+    load(model, state)
+    model.eval()
+    for key in [key for key in recorded.files if key.startswith("patch/") and key.endswith("/forward")]:
+        x = images(recorded[key.replace("forward", "input_u8")])
+        with paddle.no_grad():
+            assert_close(model(x), recorded[key], 2e-5, key)
+            encoding = key.replace("forward", "pos_encoding")
+            if encoding in recorded:
+                actual = model.interpolate_pos_encoding(*x.shape[2:])
+                assert_close(actual[0], recorded[encoding], 5e-6, encoding)
+
+
+def full_size_keys(recorded, small: bool) -> list:
+    """(key, builder's name, patch size, height, width) of the recordings that are small enough for CI, or of the rest."""
+    found = []
+    for key in recorded.files:
+        match = re.fullmatch(r"(vit_[a-z]+)(\d+)/(\d+)x(\d+)", key)
+        if match:
+            patch_size, height, width = map(int, match.groups()[1:])
+            tokens = (height // patch_size) * (width // patch_size)
+            if (tokens <= 200 and match[1] != "vit_base") == small:
+                found.append((key, match[1], patch_size, height, width))
+    return found
+
+
+@pytest.mark.parametrize("small", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_full_size_builders(reference, small):
+    recorded = np.load(reference / "fullsize_outputs.npz")
+    salt = str(recorded["salt"])
+    refgen = load_refgen(reference)
+    keys = full_size_keys(recorded, small)
+    assert keys
+    for key, name, patch_size, height, width in keys:
+        model = BACKBONES.get(name)(patch_size=patch_size)
+        load(model, generated_state(refgen, model, salt))
+        model.eval()
+        tag = key.split("/")[0]
+        x = refgen.image(f"{salt}{tag}:{height}x{width}", (2, 3, height, width))
+        with paddle.no_grad():
+            assert_close(model(paddle.to_tensor(x)), recorded[key], 5e-5, key)
+
+
+def test_names_and_shapes(reference):
+    path = reference / "names_shapes.json"
+    if not path.exists():
+        pytest.skip("this recording has no names_shapes.json")
+    recorded = json.loads(path.read_text())
+    builders = {"vit_tiny": vit_tiny, "vit_small": vit_small, "vit_base": vit_base}
+    checked = 0
+    for tag, entries in recorded.items():
+        match = re.fullmatch(r"(vit_[a-z]+?)_?p?(\d+)", tag)
+        if match:
+            model = builders[match[1]](patch_size=int(match[2]))
+            ours = [[name, list(to_torch(name, p).shape)] for name, p in model.state_dict().items()]
+            assert ours == entries, tag
+            checked += 1
+    assert checked
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 30, 32), (1, 3, 32, 30)])
+def test_size_that_the_patch_does_not_divide(shape):
+    model = VisionTransformer(32, 8, embed_dim=4, depth=1, num_heads=1)
+    with pytest.raises(ValueError, match=rf"{shape[2]} x {shape[3]}.*multiples of patch_size \(8\)"):
+        model(paddle.zeros(shape))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"embed_dim": 10, "num_heads": 3}, r"embed_dim \(10\) must be a multiple of num_heads \(3\)"),
+        ({"img_size": 8, "patch_size": 16}, r"img_size \(8\) must be at least patch_size \(16\)"),
+        ({"pos_embed_mode": "crop"}, r"pos_embed_mode \('crop'\) must be 'scale' or 'size'"),
+        ({"drop_path_rate": 1.0}, r"drop path rate \(1.0\) must be in \[0, 1\)"),
+    ],
+)
+def test_wrong_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        VisionTransformer(**{"img_size": 32, "embed_dim": 12, "depth": 2, "num_heads": 3, **arguments})
+
+
+def test_number_of_layers_must_exist():
+    model = VisionTransformer(16, 8, embed_dim=4, depth=2, num_heads=1)
+    with pytest.raises(ValueError, match=r"n \(3\) must be between 1 and the number of blocks \(2\)"):
+        model.get_intermediate_layers(paddle.zeros([1, 3, 16, 16]), n=3)
+
+
+def test_drop_path():
+    """Whole samples are dropped, the kept ones are scaled up, the ramp over the blocks starts at 0, eval drops nothing."""
+    model = VisionTransformer(16, 8, embed_dim=4, depth=3, num_heads=1, drop_path_rate=0.4)
+    assert np.allclose([block.drop_path.rate for block in model.blocks], [0.0, 0.2, 0.4])
+    drop_path = model.blocks[2].drop_path
+    paddle.seed(0)
+    rows = drop_path(paddle.ones([2000, 3])).numpy()
+    assert (rows == rows[:, :1]).all() and np.allclose(np.unique(rows), [0.0, 1 / 0.6])
+    assert abs((rows[:, 0] > 0).mean() - 0.6) < 5 * (0.24 / 2000) ** 0.5
+    drop_path.eval()
+    assert (drop_path(paddle.ones([8, 3])).numpy() == 1.0).all()

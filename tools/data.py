@@ -1,0 +1,3 @@
+from passl.cli import data_main
+
+data_main()

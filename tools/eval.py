@@ -1,0 +1,3 @@
+from passl.cli import eval_main
+
+eval_main()

@@ -1,0 +1,3 @@
+from passl.cli import train_main
+
+train_main()
