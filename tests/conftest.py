@@ -16,3 +16,14 @@ import pytest
 def reference() -> Path:
     """The folder of the official code's recorded outputs (see tests/reference/README.md)."""
     return Path(os.environ.get("PASSL_REFERENCE") or Path(__file__).parent / "reference")
+
+
+@pytest.fixture
+def float64():
+    """Layers and tensors of the test are float64."""
+    import paddle
+
+    default = paddle.get_default_dtype()
+    paddle.set_default_dtype("float64")
+    yield
+    paddle.set_default_dtype(default)

@@ -86,11 +86,11 @@ def test_bases_are_relative_to_the_file_and_later_ones_win():
 def test_a_changed_name_drops_the_arguments_of_the_base():
     write(
         base="Optimizer: {name: AdamW, beta1: 0.9}\nModel: {backbone: {name: vit, depth: 3}, k: 1}\n",
-        main="_base_: base.yaml\nOptimizer: {momentum: 0.9, name: Momentum}\nModel: {backbone: {name: xcit}}\n",
+        main="_base_: base.yaml\nOptimizer: {mu: 0.9, name: Momentum}\nModel: {backbone: {name: xcit}}\n",
         same="_base_: base.yaml\nOptimizer: {beta2: 0.99, name: AdamW}\nModel: {name: DINO}\n",
     )
     assert load("main.yaml") == {
-        "Optimizer": {"momentum": 0.9, "name": "Momentum"},
+        "Optimizer": {"mu": 0.9, "name": "Momentum"},
         "Model": {"backbone": {"name": "xcit"}, "k": 1},
     }
     assert load("same.yaml") == {
@@ -184,19 +184,19 @@ def test_an_override_sets_one_value(override, path, value):
         ("", "-o: : expected key=value"),
         ("=3", "-o: =3: expected key=value with a dotted key such as Global.epochs"),
         (
-            "Global..epochs=3",
-            "-o: Global..epochs=3: expected key=value with a dotted key such as Global.epochs",
+            "a..b=3",
+            "-o: a..b=3: expected key=value with a dotted key such as Global.epochs",
         ),
         ("Global.epochs.x=3", "-o: Global.epochs.x: Global.epochs is 100, not a section or a list"),
         ("Data.transform.3.size=3", "-o: Data.transform.3: Data.transform has only 3 items (the first is 0)"),
         ("Data.transform.3=3", "-o: Data.transform.3: Data.transform has only 3 items (the first is 0)"),
         (
             "Data.transform.Resize.size=3",
-            "-o: Data.transform.Resize: Data.transform is a list: write an index in place of 'Resize'",
+            "-o: Data.transform.Resize: Data.transform is a list: write an index",
         ),
         (
             "Data.transform.-1=3",
-            "-o: Data.transform.-1: Data.transform is a list: write an index in place of '-1'",
+            "-o: Data.transform.-1: Data.transform is a list: write an index",
         ),
         ("Global.seed=[1", "-o: Global.seed: line 1, column 3: expected ',' or ']', but got '<stream end>'"),
         ("Global.seed=!!python/name:os.system", "-o: Global.seed: line 1, column 1: tag"),
@@ -239,7 +239,7 @@ def test_every_value_knows_who_set_it():
         "base.yaml": [("Optimizer",), ("Optimizer", "name"), ("List",), ("List", 0, "a")],
         "main.yaml": [
             (),
-            ("Missing",),
+            ("Gone",),
             ("Optimizer", "lr"),
             ("Optimizer", "nested", "k"),
             ("Model", "k", "x"),
@@ -278,15 +278,13 @@ def test_overriding_every_leaf_with_itself_changes_nothing():
     config = load("main.yaml")
 
     def leaves(value, path=()):
-        items = (
-            value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-        )
-        for key, item in items:
+        if not isinstance(value, (dict, list)):
+            yield ".".join(path), value
+            return
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
             yield from leaves(item, (*path, str(key)))
-        if not items:
-            yield path, value
 
-    overrides = [f"{'.'.join(path)}={'' if value is None else value}" for path, value in leaves(config)]
+    overrides = [f"{path}={'' if value is None else value}" for path, value in leaves(config)]
     assert len(overrides) == 13
     for seed in range(20):
         random.Random(seed).shuffle(overrides)

@@ -1,3 +1,4 @@
 from passl.cli import data_main
 
-data_main()
+if __name__ == "__main__":
+    data_main()

@@ -1,3 +1,4 @@
 from passl.cli import eval_main
 
-eval_main()
+if __name__ == "__main__":
+    eval_main()

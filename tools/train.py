@@ -1,3 +1,4 @@
 from passl.cli import train_main
 
-train_main()
+if __name__ == "__main__":
+    train_main()

@@ -1,3 +1,8 @@
-"""Images to batches: data sets, transforms with an explicit random generator, multi-crop views, loaders."""
+"""Images to batches: data sets, transforms with an explicit random generator, multi-crop views, loaders.
 
-from passl.data import datasets, multi_crop, transforms  # noqa: F401  (fills the registries)
+Importing this package registers the data sets and transforms; it does not import Paddle.
+"""
+
+from passl.data import datasets, multi_crop, transforms
+
+__all__ = ["datasets", "multi_crop", "transforms"]

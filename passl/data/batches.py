@@ -15,22 +15,23 @@ VIEW_KEYS = ("global_crops", "local_crops")
 
 
 class SampleError(RuntimeError):
-    """Says which sample was being loaded when its cause, or the exception that it is the cause of, was raised."""
+    """The `__cause__` of an exception from a data set or transform: says which sample was being loaded."""
 
 
 @dataclass
 class LoadedBatch:
-    """`arrays` by name (None: no readable replacement was found), and (path, reason) of the files left out."""
+    """Arrays by name (None: no readable replacement was found), and (path, reason) of the files left out."""
 
     arrays: Optional[dict[str, Any]]
     bad_samples: list[tuple[str, str]]
 
 
 def load_batch(dataset: ImageFiles, batch: Sequence[tuple[int, int]], seed: int) -> LoadedBatch:
-    """Load and collate the samples (epoch, index) of `batch`; each has the generator `default_rng([seed, epoch, index])`.
+    """Load and collate the samples (epoch, index) of `batch`; each has the generator `default_rng([seed,
+    epoch, index])`.
 
-    A sample whose file cannot be read is replaced by one that this generator draws. Other exceptions pass, with a
-    `SampleError` as their cause that names the sample.
+    A sample whose file cannot be read is replaced by one that this generator draws. Other exceptions pass,
+    with a `SampleError` as their cause that names the sample.
     """
     samples: list[dict[str, Any]] = []
     bad_samples: list[tuple[str, str]] = []
@@ -39,7 +40,9 @@ def load_batch(dataset: ImageFiles, batch: Sequence[tuple[int, int]], seed: int)
         try:
             sample = _sample_or_replacement(dataset, index, rng, bad_samples)
         except Exception as error:
-            raise error from SampleError(f"while loading sample {index} ({dataset.paths[index]}) in epoch {epoch}")
+            raise error from SampleError(
+                f"while loading sample {index} ({dataset.paths[index]}) in epoch {epoch}"
+            )
         if sample is None:
             return LoadedBatch(None, bad_samples)
         samples.append(sample)
@@ -59,7 +62,8 @@ def _sample_or_replacement(
 
 
 def collate(samples: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
-    """Stack samples with equal keys: views [V, ...] of B samples to [V*B, ...], view by view; all else to [B, ...].
+    """Stack samples with equal keys: views [V, ...] of B samples to [V*B, ...], view by view; all else to [B,
+    ...].
 
     Raises:
         ValueError: the samples' arrays differ in shape.
@@ -71,8 +75,8 @@ def _stack(key: str, arrays: list[np.ndarray]) -> np.ndarray:
     shapes = sorted({array.shape for array in arrays})
     if len(shapes) > 1:
         raise ValueError(
-            f"'{key}' of the samples in a batch differs in shape ({shapes[0]} and {shapes[-1]}): give the dataset a "
-            "transform that makes all sizes equal, such as Resize with [height, width], or CenterCrop"
+            f"'{key}' differs in shape between the samples of a batch ({shapes[0]} and {shapes[-1]}): give the "
+            "dataset a transform that makes sizes equal, such as CenterCrop, or Resize with [height, width]"
         )
     if key not in VIEW_KEYS:
         return np.stack(arrays)

@@ -54,8 +54,8 @@ class ImageFiles:
         return read_rgb(self.paths[index])
 
     def sample(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
-        """The transformed image as `image` (or the views that the transform returns as a dict), with `index` and,
-        if there are labels, `label`."""
+        """The transformed image as `image`, or what the transform returns if that is a dict, with `index` and,
+        if there are labels, `label` (both int64). Raises UnreadableImageError."""
         image = self.load(index)
         transformed = image if self.transform is None else self.transform(image, rng)
         sample = dict(transformed) if isinstance(transformed, dict) else {"image": transformed}
@@ -69,7 +69,8 @@ class ImageFiles:
 class ImageFolder(ImageFiles):
     """`root/<class>/.../<image>`: each folder in `root` is a class; classes and files are in sorted order.
 
-    `root` takes `~`. Files and folders whose names begin with a dot, and files without an image's extension, are ignored.
+    `root` takes `~`. Files and folders whose names begin with a dot, and files without an image's extension,
+    are ignored.
 
     Raises:
         FileNotFoundError: `root` is missing, or has no class folders, or a class has no images.
@@ -87,8 +88,8 @@ class ImageFolder(ImageFiles):
         stray = [entry.name for entry in entries if _is_image(entry.name) and entry.is_file()]
         if stray:
             raise ValueError(
-                f"{root} contains images directly (such as {stray[0]!r}), but ImageFolder needs one folder per class. "
-                "For images without class folders use 'name: ImageList' with the same root."
+                f"{root} contains images directly (such as {stray[0]!r}), but ImageFolder needs a folder per "
+                "class. For images without class folders use 'name: ImageList' with the same root."
             )
         class_names = [entry.name for entry in entries if entry.is_dir() and not _hidden(entry.name)]
         if not class_names:
@@ -111,12 +112,13 @@ class ImageList(ImageFiles):
     """Images of any folder, or those that a file lists. Give `root`, `list_file` or both.
 
     - `root` alone: every image in the folder and its sub-folders, sorted, without labels.
-    - `list_file` ending in `.csv`: columns `path` and, optionally, `label`; further columns are ignored. Labels are
-      whole numbers from 0, or class names.
+    - `list_file` ending in `.csv`: columns `path` and, optionally, `label`; further columns are ignored.
+      Labels are whole numbers from 0, or class names.
     - any other `list_file`: one path per line, without labels.
 
-    Both kinds are UTF-8. Relative paths start from `root` or, without it, from the list's own folder. Class names are
-    numbered in sorted order, or in the order of `class_names`: give it when a list may lack some of the classes.
+    Both kinds are UTF-8. Relative paths start from `root` or, without it, from the list's own folder. Class
+    names are numbered in sorted order, or in the order of `class_names`: give it when a list may lack some of
+    the classes.
 
     Raises:
         FileNotFoundError: the folder or the list is missing, or holds no images.
@@ -161,7 +163,7 @@ def _is_image(name: str) -> bool:
 def _existing_folder(root: PathLike) -> str:
     root = os.path.expanduser(os.fspath(root))
     if not os.path.isdir(root):
-        raise FileNotFoundError(f"{root} is not a folder" if os.path.exists(root) else f"there is no folder {root}")
+        raise FileNotFoundError(f"there is no folder {root}")
     return root
 
 
@@ -197,15 +199,14 @@ def _read_list(list_file: Path, root: Optional[str]) -> tuple[list[str], Optiona
         text = list_file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{list_file} is not UTF-8 text: {error}") from error
-    paths, names = _parse_csv(text, list_file) if list_file.suffix.lower() == ".csv" else (_parse_lines(text), None)
+    if list_file.suffix.lower() == ".csv":
+        paths, names = _parse_csv(text, list_file)
+    else:
+        paths, names = [line.strip() for line in text.split("\n") if line.strip()], None
     if not paths:
         raise FileNotFoundError(f"{list_file} lists no images")
     folder = os.fspath(list_file.parent) if root is None else root
-    return [os.path.join(folder, os.path.expanduser(path)) for path in paths], names
-
-
-def _parse_lines(text: str) -> list[str]:
-    return [line.strip() for line in text.split("\n") if line.strip()]
+    return [os.path.join(folder, path) for path in paths], names
 
 
 def _parse_csv(text: str, list_file: Path) -> tuple[list[str], Optional[list[str]]]:
@@ -226,7 +227,9 @@ def _parse_csv(text: str, list_file: Path) -> tuple[list[str], Optional[list[str
             if missing:
                 problems.append(f"line {reader.line_num}: no {' and no '.join(missing)}")
             elif "surplus" in row:
-                problems.append(f"line {reader.line_num}: more fields than the {len(columns)} columns of the header")
+                problems.append(
+                    f"line {reader.line_num}: more fields than the {len(columns)} columns of the header"
+                )
             rows.append(row)
     except csv.Error as error:
         problems.append(f"line {reader.line_num}: {error}")
@@ -243,7 +246,9 @@ def _number_labels(
     if class_names is None and all(re.fullmatch(r"[+-]?\d+", name) for name in names):
         labels = [int(name) for name in names]
         if min(labels) < 0:
-            raise ValueError(f"{os.fspath(list_file)}: labels must be whole numbers from 0 or names, not {min(labels)}")
+            raise ValueError(
+                f"{os.fspath(list_file)}: labels must be whole numbers from 0 or names, not {min(labels)}"
+            )
         return labels, [str(label) for label in range(max(labels) + 1)]
     class_names = sorted(set(names)) if class_names is None else [str(name) for name in class_names]
     label_of = {name: label for label, name in enumerate(class_names)}
@@ -251,7 +256,9 @@ def _number_labels(
         raise ValueError(f"class_names contains a name twice: {_shortened(class_names)}")
     unknown = sorted(set(names) - set(label_of))
     if unknown:
-        problems = [f"label {name!r} is not in class_names. {did_you_mean(name, class_names)}" for name in unknown]
+        problems = [
+            f"label {name!r} is not in class_names. {did_you_mean(name, class_names)}" for name in unknown
+        ]
         raise ValueError(_listed(list_file, problems))
     return [label_of[name] for name in names], class_names
 

@@ -27,7 +27,7 @@ class UnreadableImageError(ValueError):
         return f"{self.path}: {self.reason}"
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def image_extensions() -> frozenset[str]:
     """Lower-case file extensions, with the dot, of all formats this Pillow can decode."""
     formats = Image.registered_extensions()
@@ -38,9 +38,10 @@ def image_extensions() -> frozenset[str]:
 def read_rgb(path: Union[str, os.PathLike]) -> Image.Image:
     """Decode the image file `path` (its first frame) completely and return it in mode RGB.
 
-    - Grey, palette, CMYK and other 8-bit modes: Pillow's `convert("RGB")`; transparency is dropped, not blended,
-      as the official code does.
-    - 16-bit, 32-bit and float images: reduced to 8 bit by `reduce_to_8_bit` (Pillow itself would clip to white).
+    - Grey, palette, CMYK and other 8-bit modes: Pillow's `convert("RGB")`; transparency is dropped, not
+      blended, as the official code does.
+    - 16-bit, 32-bit and float images: reduced to 8 bit by `reduce_to_8_bit` (Pillow itself would clip to
+      white).
     - An EXIF orientation is applied: the image is returned upright.
 
     Raises:
@@ -56,8 +57,8 @@ def read_rgb(path: Union[str, os.PathLike]) -> Image.Image:
             return to_rgb(_upright(image))
     except (UnreadableImageError, MemoryError):
         raise
-    # Pillow's decoders raise OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, KeyError ...
-    # for damaged files: there is no narrower common class.
+    # Pillow's decoders raise OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, KeyError
+    # ... for damaged files: there is no narrower common class.
     except Exception as error:
         raise UnreadableImageError(path, _reason(error)) from error
 
@@ -77,9 +78,10 @@ def to_rgb(image: Image.Image) -> Image.Image:
 def reduce_to_8_bit(values: np.ndarray) -> np.ndarray:
     """Grey values `[H, W]` of a 16-bit, 32-bit or float image as uint8.
 
-    16-bit values keep their high byte, which is what Pillow does when it reads 16-bit RGB. The other types carry no
-    agreed range, so white is the smallest of 1 (floats only), 255 and 65535 that no value exceeds; images with
-    negative or larger values are stretched from their minimum to their maximum. NaN becomes black.
+    16-bit values keep their high byte, which is what Pillow does when it reads 16-bit RGB. The other types
+    carry no agreed range, so white is the smallest of 1 (floats only), 255 and 65535 that no value exceeds;
+    images with negative or larger values are stretched from their minimum to their maximum. NaN becomes
+    black.
     """
     if values.dtype.kind == "u":
         return (values >> 8).astype(np.uint8)
@@ -93,7 +95,9 @@ def reduce_to_8_bit(values: np.ndarray) -> np.ndarray:
         black, white = low, high
     else:
         black = 0.0
-    scaled = (np.nan_to_num(values, nan=black, posinf=white, neginf=black) - black) * (255.0 / (white - black))
+    scaled = (np.nan_to_num(values, nan=black, posinf=white, neginf=black) - black) * (
+        255.0 / (white - black)
+    )
     return np.rint(scaled).astype(np.uint8)
 
 

@@ -1,11 +1,12 @@
 """Batches for training and evaluation: which samples, in which order, drawn how, loaded by whom.
 
-A sample's randomness is `default_rng([seed, epoch, index])` and the order of an epoch `default_rng([seed, epoch])`, so
-the content of every batch is the same for any number of workers, and a run can continue at any step.
+The generator of a sample is `default_rng([seed, epoch, index])`, that of an epoch's order `default_rng([seed,
+epoch])`: the content of every batch is the same for any number of workers, and a run can continue at any step.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
 import sys
 from collections.abc import Iterator
@@ -22,21 +23,22 @@ logger = logging.getLogger("passl")
 class BadSamplesError(RuntimeError):
     """More files than allowed could not be read. `bad_samples` lists them as (path, reason)."""
 
-    def __init__(self, bad_samples: list[tuple[str, str]], max_bad_samples: int) -> None:
+    def __init__(self, limit: str, bad_samples: list[tuple[str, str]]) -> None:
+        super().__init__(limit, bad_samples)
+        self.limit = limit
         self.bad_samples = bad_samples
-        listing = "\n".join(f"  {path}: {reason}" for path, reason in bad_samples)
-        super().__init__(
-            f"{len(bad_samples)} unreadable image file(s), max_bad_samples is {max_bad_samples}. Repair or remove them, "
-            f"or raise max_bad_samples of the dataset:\n{listing}"
-        )
+
+    def __str__(self) -> str:
+        files = "\n".join(f"  {path}: {reason}" for path, reason in self.bad_samples)
+        return f"{self.limit} cannot be read; repair or remove them, or raise the limit:\n{files}"
 
 
 class EpochSampler:
     """Divides epochs into global batches of `batch_size * world_size` samples and those among the processes.
 
     Process `rank` takes every `world_size`-th sample of a global batch, so the samples of a step depend on
-    `batch_size * world_size` only. Without `drop_last` the last batch of an epoch is smaller; it is filled up to a
-    multiple of `world_size` by repeating its first samples, so that all processes have equally many.
+    `batch_size * world_size` only. Without `drop_last` the last batch of an epoch is smaller; it is filled up
+    to a multiple of `world_size` by repeating its first samples, so that all processes have equally many.
 
     Args:
         length: number of samples in the data set.
@@ -64,7 +66,9 @@ class EpochSampler:
         if not 0 <= rank < world_size:
             raise ValueError(f"rank ({rank}) must be at least 0 and less than world_size ({world_size})")
         self.global_batch_size = batch_size * world_size
-        self.steps_per_epoch = length // self.global_batch_size if drop_last else -(-length // self.global_batch_size)
+        self.steps_per_epoch = (
+            length // self.global_batch_size if drop_last else -(-length // self.global_batch_size)
+        )
         if self.steps_per_epoch == 0:
             raise ValueError(
                 f"{length} samples do not fill one global batch of {batch_size} x {world_size} process(es): "
@@ -77,20 +81,20 @@ class EpochSampler:
         self.world_size = world_size
         self.shuffle = shuffle
 
-    def batches(self, start_step: int = 0, stop_step: Optional[int] = None) -> Iterator[list[tuple[int, int]]]:
+    def batches(
+        self, start_step: int = 0, stop_step: Optional[int] = None
+    ) -> Iterator[list[tuple[int, int]]]:
         """This process's batches of the steps `start_step .. stop_step - 1`, as lists of (epoch, index).
 
-        Steps count from the beginning of epoch 0 and run on into the following epochs, without end if `stop_step` is
-        None.
+        Steps count from the beginning of epoch 0 and run on into the following epochs, without end if
+        `stop_step` is None.
         """
-        step = start_step
-        while stop_step is None or step < stop_step:
-            epoch, first = divmod(step, self.steps_per_epoch)
-            order = self._order(epoch)
-            end = self.steps_per_epoch if stop_step is None else min(self.steps_per_epoch, first + stop_step - step)
-            for position in range(first, end):
-                yield [(epoch, int(index)) for index in self._share(order, position)]
-            step += end - first
+        current_epoch = None
+        for step in itertools.count(start_step) if stop_step is None else range(start_step, stop_step):
+            epoch, position = divmod(step, self.steps_per_epoch)
+            if epoch != current_epoch:
+                current_epoch, order = epoch, self._order(epoch)
+            yield [(epoch, int(index)) for index in self._share(order, position)]
 
     def _order(self, epoch: int) -> np.ndarray:
         if self.shuffle:
@@ -106,13 +110,13 @@ class EpochSampler:
 class Loader:
     """Loads the batches of `sampler` from `dataset`, in this process or with worker processes.
 
-    Files that cannot be read are replaced by other samples, reported through the logger "passl" and collected in
-    `bad_samples`.
+    Files that cannot be read are replaced by other samples, reported through the logger "passl" and collected
+    in `bad_samples`.
 
     Args:
         seed: of the samples' randomness; use the same on all processes.
-        num_workers: 0 loads in this process, which is also what happens on systems where Paddle has no workers (those
-            other than Linux).
+        num_workers: 0 loads in this process; so does any number on systems other than Linux, where Paddle has
+            no workers.
         prefetch_factor: batches that each worker prepares in advance.
     """
 
@@ -126,7 +130,8 @@ class Loader:
     ) -> None:
         if num_workers < 0 or prefetch_factor < 1:
             raise ValueError(
-                f"num_workers ({num_workers}) must be at least 0 and prefetch_factor ({prefetch_factor}) at least 1"
+                f"num_workers ({num_workers}) must be at least 0 and "
+                f"prefetch_factor ({prefetch_factor}) at least 1"
             )
         self.dataset = dataset
         self.sampler = sampler
@@ -145,11 +150,13 @@ class Loader:
         return list(self._reason_of_bad_path.items())
 
     def iterate(self, start_step: int = 0, stop_step: Optional[int] = None) -> Iterator[dict[str, Any]]:
-        """The batches of the steps `start_step .. stop_step - 1` as dicts of numpy arrays (without workers) or Paddle tensors (with).
+        """The batches of the steps `start_step .. stop_step - 1`: dicts of Paddle tensors, or of numpy arrays if
+        there are no workers.
 
-        `index` and, if there are labels, `label`: int64 [B], of the samples that are really in the batch, also where a
-        sample replaces an unreadable one. Multi-crop views: `global_crops` [2*B, 3, h, w] and `local_crops`
-        [n*B, 3, h, w], view by view (all samples' view 0, then view 1, ...). Otherwise `image` [B, ...].
+        `index` and, if there are labels, `label`: int64 [B], of the samples that are really in the batch,
+        also where a sample replaces an unreadable one. Multi-crop views: `global_crops` [2*B, 3, h, w] and
+        `local_crops` [n*B, 3, h, w], view by view (all samples' view 0, then view 1, ...). Otherwise `image`
+        [B, ...].
 
         Worker processes start at the first batch and stay until the last one: call this once for a whole run.
 
@@ -176,6 +183,12 @@ class Loader:
             if path not in self._reason_of_bad_path:
                 self._reason_of_bad_path[path] = reason
                 count = len(self._reason_of_bad_path)
-                logger.warning("unreadable image %d (of at most %d) replaced: %s: %s", count, limit, path, reason)
-        if len(self._reason_of_bad_path) > limit or loaded.arrays is None:
-            raise BadSamplesError(self.bad_samples, limit)
+                logger.warning(
+                    "unreadable image %d (of at most %d) replaced: %s: %s", count, limit, path, reason
+                )
+        if len(self._reason_of_bad_path) > limit:
+            raise BadSamplesError(f"more than max_bad_samples ({limit}) image files", self.bad_samples)
+        if loaded.arrays is None:
+            raise BadSamplesError(
+                f"no replacement found in {limit + 1} attempts: image files", self.bad_samples
+            )

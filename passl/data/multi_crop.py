@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Optional
 
 import numpy as np
@@ -36,7 +36,7 @@ from passl.registry import TRANSFORMS
 
 @dataclass(frozen=True)
 class ViewRecipe:
-    """What one kind of view may look like. `size` is (height, width) in pixels, `scale` the share of the area."""
+    """What one kind of view may look like. `size`: (height, width) in pixels; `scale`: share of the area."""
 
     size: tuple[int, int]
     scale: tuple[float, float]
@@ -131,7 +131,9 @@ class MultiCrop:
         if num_local_crops < 0:
             raise ValueError(f"num_local_crops must be at least 0, not {num_local_crops!r}")
         if len(global_blur_probs) != 2 or len(global_solarize_probs) != 2:
-            raise ValueError("global_blur_probs and global_solarize_probs need one value for each of the two global views")
+            raise ValueError(
+                "global_blur_probs and global_solarize_probs need one value for each of the two global views"
+            )
         check_jitter_strengths(brightness, contrast, saturation, hue)
         shared = {
             "ratio": positive_range(ratio, "ratio"),

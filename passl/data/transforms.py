@@ -1,15 +1,15 @@
 """Image transforms on Pillow images with an explicit random generator.
 
-The functions apply one operation with given parameters and reproduce torchvision's Pillow back end exactly. The
-registered classes are called as `transform(image, rng)`; the random ones draw the parameters from `rng` and call the
-functions, the others ignore it. Sizes are an int or `[height, width]`.
+The functions apply one operation with given parameters and reproduce torchvision's Pillow back end exactly.
+The registered classes are called as `transform(image, rng)`; the random ones draw the parameters from `rng`
+and call the functions, the others ignore it. Sizes are an int or `[height, width]`.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Optional, Union
 
 import numpy as np
@@ -94,7 +94,7 @@ def adjust_saturation(image: Image.Image, factor: float) -> Image.Image:
 
 
 def adjust_hue(image: Image.Image, factor: float) -> Image.Image:
-    """Turn the hue by `factor` of the colour circle, -0.5..0.5; 0 converts to HSV and back, which still rounds."""
+    """Turn the hue by `factor` (-0.5..0.5) of the colour circle. Even 0 rounds: the way leads over HSV."""
     # int() truncates towards zero before wrapping, like the cast in the official code.
     shift = int(factor * 255)
     hue, saturation, value = image.convert("HSV").split()
@@ -123,7 +123,7 @@ def horizontal_flip(image: Image.Image) -> Image.Image:
 
 
 def resize(image: Image.Image, size: Size, interpolation: str = "bilinear") -> Image.Image:
-    """Resize with antialiasing. An int is the new length of the shorter side, `[height, width]` the exact size."""
+    """Resize with antialiasing. An int is the shorter side's new length, `[height, width]` the exact size."""
     if isinstance(size, int):
         width, height = image.size
         # torchvision truncates the longer side.
@@ -142,7 +142,7 @@ def crop(image: Image.Image, box: Box) -> Image.Image:
 
 
 def center_crop(image: Image.Image, size: Size) -> Image.Image:
-    """The middle of the image; a smaller image is padded with black, an odd remainder at the right and bottom."""
+    """The middle of the image; a smaller image is padded with black, a little more at right and bottom."""
     height, width = height_and_width(size)
     top = _center_offset(image.height, height)
     left = _center_offset(image.width, width)
@@ -171,8 +171,8 @@ def draw_crop_box(
 ) -> Box:
     """A random box inside an image of `height` x `width`.
 
-    Its share of the area is uniform in `scale` and the logarithm of width/height uniform in `ratio`; after ten
-    boxes that do not fit, the largest central box with an allowed ratio is returned (torchvision's rule).
+    Its share of the area is uniform in `scale` and the logarithm of width/height uniform in `ratio`; after
+    ten boxes that do not fit, the largest central box with an allowed ratio is returned (torchvision's rule).
     """
     for _ in range(10):
         target_area = height * width * rng.uniform(*scale)
@@ -185,9 +185,9 @@ def draw_crop_box(
             return Box(top, left, box_height, box_width)
     box_height, box_width = height, width
     if width < height * ratio[0]:
-        box_height = min(height, round(width / ratio[0]))
+        box_height = round(width / ratio[0])
     elif width > height * ratio[1]:
-        box_width = min(width, round(height * ratio[1]))
+        box_width = round(height * ratio[1])
     return Box((height - box_height) // 2, (width - box_width) // 2, box_height, box_width)
 
 
@@ -200,7 +200,9 @@ _JITTER_OPERATIONS = {
 }
 
 
-def draw_color_jitter(rng: Generator, brightness: float, contrast: float, saturation: float, hue: float) -> JitterSteps:
+def draw_color_jitter(
+    rng: Generator, brightness: float, contrast: float, saturation: float, hue: float
+) -> JitterSteps:
     """Factors of the four operations in random order, as `((operation, factor), ...)`.
 
     The first three factors are uniform in `max(0, 1 - strength) .. 1 + strength`, the hue's in `-hue .. hue`;
@@ -376,7 +378,9 @@ class Normalize:
 
     def __init__(self, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD) -> None:
         if len(mean) != len(std) or not all(value > 0 for value in std):
-            raise ValueError(f"mean and std need one value per channel and std above 0, not {mean!r} and {std!r}")
+            raise ValueError(
+                f"mean and std need one value per channel and std above 0, not {mean!r} and {std!r}"
+            )
         self.mean = np.asarray(mean, np.float32)[:, None, None]
         self.std = np.asarray(std, np.float32)[:, None, None]
 

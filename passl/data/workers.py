@@ -1,7 +1,8 @@
 """Loading batches in worker processes, on Paddle's `DataLoader`. Importing this module imports Paddle.
 
-What the `DataLoader` leaves to its user, and is done here: an exception in a worker arrives as another type, so outcomes
-cross as data; a batch without any array ends the iteration silently; workers outlive a killed main process.
+What the `DataLoader` leaves to its user, and is done here: an exception in a worker arrives as another type,
+so outcomes cross as data; a batch without any array ends the iteration silently; workers outlive a killed
+main process.
 """
 
 from __future__ import annotations
@@ -36,11 +37,13 @@ def load(
     num_workers: int,
     prefetch_factor: int,
 ) -> Iterator[LoadedBatch]:
-    """`load_batch` of each of `batches`, in their order, by `num_workers` processes; arrays become Paddle tensors.
+    """`load_batch` of each of `batches`, in their order, by `num_workers` processes; arrays become Paddle
+    tensors.
 
     Raises:
         Exception: what `load_batch` raised in the worker; its cause holds the worker's traceback.
-        WorkerDiedError: a worker was killed. (If this process was not waiting for a batch at that moment, Paddle's
+        WorkerDiedError: a worker was killed. (If this process was not waiting for a batch at that moment,
+        Paddle's
             handler of SIGCHLD may be faster with a SystemError.)
     """
     loader = paddle.io.DataLoader(
@@ -73,14 +76,14 @@ def _results(iterator: Any) -> Iterator[dict[str, Any]]:
         except SystemError as error:
             exit_codes = [worker.exitcode for worker in iterator._workers if worker.exitcode]
             raise WorkerDiedError(
-                f"a data-loading worker process ended unexpectedly (exit codes: {exit_codes}; -9 is a kill). Out of "
-                "memory, or /dev/shm too small? Try fewer num_workers, or a container with more shared memory"
+                f"a data-loading worker ended unexpectedly (exit codes {exit_codes}; -9 is a kill). Out of memory, "
+                "or /dev/shm too small? Try fewer num_workers, or give the container more shared memory"
             ) from error
         yield result
 
 
 class _Batches:
-    """What the workers index: a whole batch is one item, so that its exceptions can be caught in one place."""
+    """What the workers index: a whole batch is one item, so that exceptions are caught in one place."""
 
     def __init__(self, dataset: ImageFiles, seed: int) -> None:
         self.dataset = dataset
@@ -109,7 +112,8 @@ def _only(items: list[Any]) -> Any:
 
 
 def _result(arrays: Any, bad_samples: list[tuple[str, str]], error: Any) -> dict[str, Any]:
-    # Bytes travel beside the arrays in the worker's message; as an array they would be copied to the GPU and back.
+    # Bytes travel beside the arrays in the worker's message; as an array they would be copied to the GPU and
+    # back.
     outcome = pickle.dumps((bad_samples, error))
     return {"outcome": outcome, "arrays": arrays} if arrays else {"outcome": outcome, "unused": np.zeros(1)}
 

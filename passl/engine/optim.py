@@ -1,14 +1,14 @@
 """Optimizers with the parameter groups, clipping and decay of the official DINO.
 
-Weights are changed by Paddle's own optimizers where these agree with the official numbers (AdamW, Momentum), and by a few
-lines where they do not (LARS). All are driven from outside, step by step: :meth:`Optimizer.set` gives the learning rate and
-the weight decay of the step that follows.
+Weights are changed by Paddle's own optimizer where it agrees with the official numbers (AdamW), and by a few lines where
+it does not (Momentum, LARS). All are driven from outside: :meth:`Optimizer.set` gives the learning rate and the weight
+decay of the step that follows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Optional
+from typing import Any, Literal, Optional
 
 import numpy as np
 import paddle
@@ -17,7 +17,9 @@ from passl.checkpoint import CheckpointError
 from passl.registry import OPTIMIZERS
 
 ParamGroup = dict  # {"params": list of parameters, "weight_decay": factor on the scheduled decay (1.0 or 0.0)}
-_CLIP_MODES = ("each", "global")
+CLIP_MODES = ("each", "global")
+HALF_PRECISION = (paddle.float16, paddle.bfloat16)
+_VELOCITY, _MASTER = "_velocity_0", "_fp32_master_0"
 
 
 class Optimizer:
@@ -33,8 +35,8 @@ class Optimizer:
     def __init__(
         self, groups: Sequence[ParamGroup], weight_decay: float = 0.0, clip_norm: Optional[float] = None, clip_mode: str = "each"
     ) -> None:
-        if clip_mode not in _CLIP_MODES:
-            raise ValueError(f"clip_mode ({clip_mode!r}) must be one of {', '.join(_CLIP_MODES)}")
+        if clip_mode not in CLIP_MODES:
+            raise ValueError(f"clip_mode ({clip_mode!r}) must be one of {', '.join(CLIP_MODES)}")
         if clip_norm is not None and clip_norm <= 0:
             raise ValueError(f"clip_norm ({clip_norm}) must be positive; null turns clipping off")
         self.groups = [group for group in groups if group["params"]]
@@ -103,31 +105,9 @@ class Optimizer:
         raise NotImplementedError
 
 
-class _PaddleOptimizer(Optimizer):
-    """An optimizer of Paddle's, kept in step with the schedules."""
-
-    inner: paddle.optimizer.Optimizer
-
-    def set(self, learning_rate: float, weight_decay: Optional[float] = None) -> None:
-        super().set(learning_rate, weight_decay)
-        self.inner.set_lr(float(learning_rate))
-
-    def step(self) -> None:
-        self.inner.step()
-
-    def state_dict(self) -> dict[str, Any]:
-        state = self.inner.state_dict()
-        state.pop("LR_Scheduler", None)
-        return state
-
-    def load_state_dict(self, state: Mapping[str, np.ndarray]) -> None:
-        _check_state(state, self.parameters)
-        self.inner.set_state_dict(_tensors(state))
-
-
 @OPTIMIZERS.register("AdamW")
-class AdamW(_PaddleOptimizer):
-    """Adam with decoupled weight decay (Loshchilov & Hutter 2019)."""
+class AdamW(Optimizer):
+    """Adam with decoupled weight decay (Loshchilov & Hutter 2019): Paddle's own, kept in step with the schedules."""
 
     def __init__(
         self,
@@ -137,29 +117,44 @@ class AdamW(_PaddleOptimizer):
         epsilon: float = 1e-8,
         weight_decay: float = 0.04,
         clip_norm: Optional[float] = None,
-        clip_mode: str = "each",
-        multi_precision: bool = True,
+        clip_mode: Literal["each", "global"] = "each",
     ) -> None:
         super().__init__(groups, weight_decay, clip_norm, clip_mode)
-        self.inner = paddle.optimizer.AdamW(
+        self._inner = paddle.optimizer.AdamW(
             learning_rate=0.0,
             parameters=[{"params": g["params"], "weight_decay": g["weight_decay"] * weight_decay} for g in self.groups],
             beta1=beta1,
             beta2=beta2,
             epsilon=epsilon,
-            multi_precision=multi_precision,
+            multi_precision=True,
         )
 
     def set(self, learning_rate: float, weight_decay: Optional[float] = None) -> None:
         super().set(learning_rate, weight_decay)
+        self._inner.set_lr(float(learning_rate))
         # Paddle has no public way to change a group's decay after construction.
-        for inner_group, group in zip(self.inner._param_groups, self.groups):
+        for inner_group, group in zip(self._inner._param_groups, self.groups):
             inner_group["weight_decay"] = self.weight_decay * group["weight_decay"]
+
+    def step(self) -> None:
+        self._inner.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        state = self._inner.state_dict()
+        state.pop("LR_Scheduler", None)
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        _check_state(state, self.parameters)
+        self._inner.set_state_dict(_tensors(state))
 
 
 @OPTIMIZERS.register("Momentum", "SGD")
-class Momentum(_PaddleOptimizer):
-    """Stochastic gradient descent with momentum; the decay is added to the gradient (L2), as PyTorch's SGD does."""
+class Momentum(Optimizer):
+    """Stochastic gradient descent with momentum; decay is added to the gradient, as PyTorch's SGD does.
+
+    Paddle's own holds its momentum in float32, which costs a float64 run eight digits, and takes no scheduled decay.
+    """
 
     def __init__(
         self,
@@ -168,50 +163,13 @@ class Momentum(_PaddleOptimizer):
         weight_decay: float = 0.0,
         use_nesterov: bool = False,
         clip_norm: Optional[float] = None,
-        clip_mode: str = "each",
-        multi_precision: bool = True,
-    ) -> None:
-        super().__init__(groups, weight_decay, clip_norm, clip_mode)
-        self.inner = paddle.optimizer.Momentum(
-            learning_rate=0.0,
-            parameters=self.parameters,
-            momentum=momentum,
-            use_nesterov=use_nesterov,
-            multi_precision=multi_precision,
-        )
-
-    @paddle.no_grad()
-    def step(self) -> None:
-        for group in self.groups:
-            decay = self.weight_decay * group["weight_decay"]
-            if decay:
-                for parameter in group["params"]:
-                    if parameter.grad is not None:
-                        parameter.grad.add_(parameter.astype(parameter.grad.dtype) * decay)
-        super().step()
-
-
-@OPTIMIZERS.register("LARS")
-class LARS(Optimizer):
-    """Momentum with layer-wise adaptive rates (You et al. 2017), by the official DINO's rule.
-
-    Parameters of groups with decay get ``decay * p`` added and the result scaled by ``trust_coefficient * |p| / |g|`` (1
-    where either norm is 0); the others take plain momentum steps. Paddle's own LARS differs by 6e-5.
-    """
-
-    def __init__(
-        self,
-        groups: Sequence[ParamGroup],
-        momentum: float = 0.9,
-        trust_coefficient: float = 0.001,
-        weight_decay: float = 0.0,
-        clip_norm: Optional[float] = None,
-        clip_mode: str = "each",
+        clip_mode: Literal["each", "global"] = "each",
     ) -> None:
         super().__init__(groups, weight_decay, clip_norm, clip_mode)
         self.momentum = momentum
-        self.trust_coefficient = trust_coefficient
-        self._velocity: dict[str, paddle.Tensor] = {}
+        self.use_nesterov = use_nesterov
+        self._velocities: dict[str, paddle.Tensor] = {}
+        self._masters: dict[str, paddle.Tensor] = {}
 
     @paddle.no_grad()
     def step(self) -> None:
@@ -221,30 +179,76 @@ class LARS(Optimizer):
                     self._update(parameter, group["weight_decay"])
 
     def _update(self, parameter: paddle.Tensor, decay_factor: float) -> None:
-        update = parameter.grad.astype(parameter.dtype)
-        if decay_factor:
-            update = update + parameter * (self.weight_decay * decay_factor)
-            parameter_norm, update_norm = _norm(parameter), _norm(update)
-            adapted = (parameter_norm > 0) & (update_norm > 0)
-            ratio = self.trust_coefficient * parameter_norm / paddle.where(adapted, update_norm, paddle.ones_like(update_norm))
-            update = update * paddle.where(adapted, ratio, paddle.ones_like(ratio)).astype(update.dtype)
-        velocity = self._velocity.get(parameter.name)
-        velocity = update if velocity is None else velocity * self.momentum + update
-        self._velocity[parameter.name] = velocity
-        parameter.subtract_(velocity * self.learning_rate)
+        weight = self._master(parameter)
+        # A copy: clear_grad frees the memory of the gradient.
+        direction = paddle.assign(parameter.grad).astype(weight.dtype)
+        direction = self._direction(weight, direction, decay_factor)
+        velocity = self._velocities.get(parameter.name)
+        velocity = direction if velocity is None else velocity * self.momentum + direction
+        self._velocities[parameter.name] = velocity
+        move = direction + velocity * self.momentum if self.use_nesterov else velocity
+        weight.subtract_(move * self.learning_rate)
+        if weight is not parameter:
+            parameter.copy_(weight.astype(parameter.dtype), True)
+
+    def _direction(self, weight: paddle.Tensor, gradient: paddle.Tensor, decay_factor: float) -> paddle.Tensor:
+        decay = self.weight_decay * decay_factor
+        return gradient + weight * decay if decay else gradient
+
+    def _master(self, parameter: paddle.Tensor) -> paddle.Tensor:
+        """What is updated: the parameter, or the float32 copy of a half-precision one."""
+        if parameter.dtype not in HALF_PRECISION:
+            return parameter
+        if parameter.name not in self._masters:
+            self._masters[parameter.name] = parameter.astype("float32")
+        return self._masters[parameter.name]
 
     def state_dict(self) -> dict[str, Any]:
-        return {f"{name}_velocity_0": velocity for name, velocity in self._velocity.items()}
+        state = {f"{name}{_VELOCITY}": velocity for name, velocity in self._velocities.items()}
+        return {**state, **{f"{name}{_MASTER}": master for name, master in self._masters.items()}}
 
-    def load_state_dict(self, state: Mapping[str, np.ndarray]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         _check_state(state, self.parameters)
-        self._velocity = {name[: -len("_velocity_0")]: value for name, value in _tensors(state).items()}
+        for suffix, table in ((_VELOCITY, self._velocities), (_MASTER, self._masters)):
+            table.clear()
+            table.update((key[: -len(suffix)], paddle.to_tensor(value)) for key, value in state.items() if key.endswith(suffix))
+
+
+@OPTIMIZERS.register("LARS")
+class LARS(Momentum):
+    """Momentum with layer-wise adaptive rates (You et al. 2017), by the official DINO's rule.
+
+    In groups with decay, ``decay * weight`` is added to the gradient and the sum scaled by ``trust_coefficient *
+    |weight| / |sum|`` (by 1 where either is 0); the others take plain momentum steps. Paddle's own LARS differs by 6e-5.
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[ParamGroup],
+        momentum: float = 0.9,
+        trust_coefficient: float = 0.001,
+        weight_decay: float = 0.0,
+        clip_norm: Optional[float] = None,
+        clip_mode: Literal["each", "global"] = "each",
+    ) -> None:
+        super().__init__(groups, momentum, weight_decay, clip_norm=clip_norm, clip_mode=clip_mode)
+        self.trust_coefficient = trust_coefficient
+
+    def _direction(self, weight: paddle.Tensor, gradient: paddle.Tensor, decay_factor: float) -> paddle.Tensor:
+        if not decay_factor:
+            return gradient
+        direction = super()._direction(weight, gradient, decay_factor)
+        weight_norm, norm = _norm(weight), _norm(direction)
+        one = paddle.ones_like(norm)
+        adapted = (weight_norm > 0) & (norm > 0)
+        ratio = self.trust_coefficient * weight_norm / paddle.where(adapted, norm, one)
+        return direction * paddle.where(adapted, ratio, one)
 
 
 def _norm(tensor: paddle.Tensor) -> paddle.Tensor:
     """Euclidean norm of all elements, in float32 at least."""
     flat = tensor.reshape([-1])
-    if flat.dtype in (paddle.float16, paddle.bfloat16):
+    if flat.dtype in HALF_PRECISION:
         flat = flat.astype("float32")
     return paddle.dot(flat, flat).sqrt()
 
