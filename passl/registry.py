@@ -86,7 +86,7 @@ SCHEDULES = Registry("schedule")
 OPTIMIZERS = Registry("optimizer")
 EVALUATORS = Registry("evaluator")
 
-# A constructor's argument of one of these names holds a component, or a list of them, not a plain value.
+# A constructor's argument of one of these names holds a component (`transform`: or a list of them).
 SLOTS = {
     "backbone": BACKBONES,
     "head": HEADS,

@@ -9,7 +9,7 @@ A schema is one of
 - a type: `int`, `float`, `bool`, `str`, `list`, `dict`, `Optional[int]`, `Literal["a", "b"]`, `Any`, ...
 
 Everything may be left out or null, unless it is wrapped in `Required`. An argument named in `registry.SLOTS`
-holds a component, or a list of them.
+holds a component (`transform`: or a list of them).
 """
 
 from __future__ import annotations
@@ -179,7 +179,8 @@ class _Checker:
 
     def slot(self, value: Any, name: str, path: Path) -> None:
         schema = Component(SLOTS[name], SUPPLIED.get(name, ()))
-        self.value(value, [schema] if isinstance(value, list) else Required(schema), path)
+        several = name == "transform" and isinstance(value, list)
+        self.value(value, [schema] if several else Required(schema), path)
 
     def typed(self, value: Any, annotation: Any, path: Path) -> None:
         if _matches(value, annotation):

@@ -2,6 +2,7 @@
 
 from passl.models.dino import DINO, DINOHead, DINOLoss
 from passl.models.method import Method
+from passl.models.pixels import RawPixels
 from passl.models.probe import LinearProbe
 from passl.models.vision_transformer import VisionTransformer, vit_base, vit_small, vit_tiny
 
@@ -11,6 +12,7 @@ __all__ = [
     "DINOLoss",
     "LinearProbe",
     "Method",
+    "RawPixels",
     "VisionTransformer",
     "vit_base",
     "vit_small",
