@@ -2,12 +2,12 @@
 
     python benchmarks/train_step.py --torch-python /path/to/python/with/torch
 
-The step: ViT-S/16, 2 x 224 and 8 x 96 pixel views, 65536 prototypes, 4 images, float32: teacher forward, student forward, loss,
-backward, clipping of each gradient to 3.0, AdamW, moving average of the teacher. The other side is timm's ViT with lightly's
-head and loss where these are installed, else the same in plain PyTorch.
+The step: ViT-S/16, 2 x 224 and 8 x 96 pixel views, 65536 prototypes, 4 images, float32: teacher forward, student
+forward, loss, backward, clipping of each gradient to 3.0, AdamW, moving average of the teacher. The other side is
+timm's ViT with lightly's head and loss where these are installed, else the same in plain PyTorch.
 
-Each side runs in a process of its own interpreter. Both stay alive and take turns, so that they share the machine's weather
-and never compute at the same time. Reported are medians, their ratio, and where the time goes.
+Each side runs in a process of its own interpreter. Both stay alive and take turns, so that they share the machine's
+weather and never compute at the same time. Reported are medians, their ratio, and where the time goes.
 """
 
 from __future__ import annotations
@@ -50,9 +50,9 @@ def passl_step(batch_size: int, out_dim: int) -> tuple[str, Step]:
     import paddle
 
     from passl.engine.optim import AdamW
-    from passl.models import DINO, DINOHead, vit_small
+    from passl.models import DINO, DINOHead, cpu, vit_small
 
-    paddle.set_flags({"FLAGS_use_stride_kernel": False})  # as passl-train does on a CPU
+    cpu.tune()  # as passl-train does
     paddle.seed(0)
     method = DINO(vit_small, functools.partial(DINOHead, out_dim=out_dim))
     method.train()
@@ -62,9 +62,8 @@ def passl_step(batch_size: int, out_dim: int) -> tuple[str, Step]:
         "local_crops": paddle.randn([NUM_LOCAL * batch_size, 3, LOCAL_SIZE, LOCAL_SIZE]),
     }
     current = Stopwatch()
-    for name in ("teacher", "student", "dino_loss"):
-        layer = getattr(method, name)
-        layer.register_forward_post_hook(lambda *_, name=name.replace("dino_", ""): current.lap(name))
+    for name, layer in (("teacher", method.teacher), ("student", method.student), ("loss", method.dino_loss)):
+        layer.register_forward_post_hook(lambda *_, name=name: current.lap(name))
 
     def step(watch: Stopwatch) -> float:
         nonlocal current

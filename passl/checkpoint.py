@@ -1,6 +1,7 @@
 """Files of weights and of whole runs: written atomically, read without executing anything, loaded with a strict report.
 
-A checkpoint is three files with one prefix: ``.pdparams`` (state of the method), ``.pdopt`` (state of the optimizer, keyed
+A checkpoint is three files with one prefix: ``.pdparams`` (state of the method), ``.pdopt`` (state of the optimizer,
+keyed
 by structured parameter names) and ``.pdstates`` (step, metrics, versions, and the checksums of the other two). The last
 one is written last, so a set that has it and whose checksums agree is whole.
 """
@@ -16,7 +17,7 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Optional, Union
+from typing import Any, ClassVar, Optional, Union
 
 import numpy as np
 import paddle
@@ -40,7 +41,7 @@ class CheckpointError(ValueError):
 class _NumpyUnpickler(pickle.Unpickler):
     """Reads what ``paddle.save`` writes of numpy arrays and plain containers, and refuses every other global."""
 
-    _ALLOWED = {
+    _ALLOWED: ClassVar = {
         ("multiarray", "_reconstruct"): np.array(0).__reduce__()[0],
         ("multiarray", "scalar"): np.float64(0).__reduce__()[0],
         ("numpy", "ndarray"): np.ndarray,
@@ -71,7 +72,16 @@ def read(path: PathLike) -> Any:
             content = _NumpyUnpickler(file, encoding="latin1").load()
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from None
-    except (pickle.UnpicklingError, EOFError, ValueError, TypeError, AttributeError, IndexError, KeyError, MemoryError) as error:
+    except (
+        pickle.UnpicklingError,
+        EOFError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        IndexError,
+        KeyError,
+        MemoryError,
+    ) as error:
         raise CheckpointError(f"{path}: damaged, or not written by Paddle ({type(error).__name__}: {error})") from error
     return _plain(content)
 
@@ -126,7 +136,11 @@ class LoadReport:
 
     def __str__(self) -> str:
         lines = [f"{len(self.matched)} of {len(self.matched) + len(self.missing) + len(self.misshapen)} keys matched"]
-        for title, keys in (("missing in the file", self.missing), ("of another shape", self.misshapen), ("only in the file", self.unexpected)):
+        for title, keys in (
+            ("missing in the file", self.missing),
+            ("of another shape", self.misshapen),
+            ("only in the file", self.unexpected),
+        ):
             if keys:
                 more = f" ... and {len(keys) - 20} more" if len(keys) > 20 else ""
                 lines.append(f"{len(keys)} {title}: {', '.join(keys[:20])}{more}")
@@ -158,7 +172,9 @@ def load_weights(layer: nn.Layer, state: Mapping[str, np.ndarray], source: PathL
 
 
 def backbone_state(state: Mapping[str, np.ndarray], which: str = "teacher") -> dict[str, np.ndarray]:
-    """The backbone's part of a state dict: of a whole DINO run (``which``: teacher or student), a probe, or a bare backbone."""
+    """The backbone's part of a state dict: of a whole DINO run (``which``: teacher or student), a probe, or a bare
+    backbone.
+    """
     if which not in _BACKBONE_KEYS:
         raise CheckpointError(f"checkpoint_key ({which!r}) must be one of {', '.join(_BACKBONE_KEYS)}")
     for prefix in (_BACKBONE_KEYS[which], "backbone."):
@@ -191,8 +207,8 @@ def write(value: Any, path: PathLike) -> None:
 class CheckpointStore:
     """The checkpoints of one run in one folder: ``epoch_{n}`` and ``step_{n}`` sets, and ``latest`` and ``best``.
 
-    ``latest`` and ``best`` are hard links (copies where there are none) to a set that is whole by then, so a crash at any
-    moment leaves at least one whole set; :meth:`newest_intact` finds it.
+    ``latest`` and ``best`` are hard links (copies where there are none) to a set that is whole by then, so a crash at
+    any moment leaves at least one whole set; :meth:`newest_intact` finds it.
 
     Args:
         folder: created when missing.
@@ -205,7 +221,9 @@ class CheckpointStore:
         self.folder = Path(folder)
         self.max_num_latest = max_num_latest
 
-    def save(self, name: str, params: Mapping, optimizer: Mapping, states: Mapping[str, Any], best: bool = False) -> None:
+    def save(
+        self, name: str, params: Mapping, optimizer: Mapping, states: Mapping[str, Any], best: bool = False
+    ) -> None:
         """Write the set ``name``, point ``latest`` (and ``best``) at it, and prune.
 
         Raises:
@@ -238,7 +256,9 @@ class CheckpointStore:
         if candidates:
             return max(candidates)[2]
         if any(self.folder.glob(f"*{PARAMS}")):
-            raise CheckpointError(f"{self.folder}: no checkpoint in it is whole; start anew with another Global.output_dir")
+            raise CheckpointError(
+                f"{self.folder}: no checkpoint in it is whole; start anew with another Global.output_dir"
+            )
         return None
 
     def _prune(self) -> None:
@@ -292,5 +312,3 @@ def _link(source: Path, target: Path) -> None:
 def _number(prefix: Path, kind: str) -> Optional[int]:
     name = prefix.name
     return int(name[len(kind) :]) if name.startswith(kind) and name[len(kind) :].isdigit() else None
-
-

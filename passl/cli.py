@@ -49,19 +49,23 @@ def data_main(arguments: Optional[Sequence[str]] = None) -> None:
     demo = commands.add_parser(
         "demo",
         help="draw the demo data set: ten classes of shapes on clutter",
-        description="Draw the demo data set: ten classes of shapes; colour, pose, size, texture and clutter say nothing about the class.",
+        description="Draw the demo data set: ten classes of shapes. Colour, pose, size, texture and clutter say "
+        "nothing about the class.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    demo.add_argument("--out", type=Path, required=True, help="folder to make; gets train/<class>/*.png and val/<class>/*.png")
-    demo.add_argument("--train-per-class", type=int, default=200, help="training images of each class (default %(default)s)")
-    demo.add_argument("--val-per-class", type=int, default=50, help="validation images of each class (default %(default)s)")
-    demo.add_argument("--size", type=int, default=32, help="side of the images in pixels (default %(default)s)")
-    demo.add_argument("--seed", type=int, default=0, help="another seed draws other images (default %(default)s)")
-    options = parser.parse_args(arguments)
-    _make_demo(options)
+    add = demo.add_argument
+    add("--out", type=Path, required=True, help="folder to make; gets {train,val}/<class>/<number>.png")
+    add("--train-per-class", type=int, default=500, help="training images of each class")
+    add("--val-per-class", type=int, default=100, help="validation images of each class")
+    add("--size", type=int, default=32, help="side of the images in pixels")
+    add("--seed", type=int, default=0, help="another seed draws other images")
+    _make_demo(parser.parse_args(arguments))
 
 
 def _parser(name: str, description: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(name, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        name, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--version", action="version", version=f"passl {passl.__version__}")
     return parser
 
@@ -73,7 +77,9 @@ def _config_parser(name: str, description: str) -> argparse.ArgumentParser:
         "-o", "--override", action="append", default=[], metavar="A.B.0.C=VALUE",
         help="change one value of the configuration, typed as in YAML; may be given many times",
     )  # fmt: skip
-    parser.add_argument("--check", action="store_true", help="check the whole configuration, list every error, build nothing")
+    parser.add_argument(
+        "--check", action="store_true", help="check the whole configuration, list every error, build nothing"
+    )
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")
     return parser
 
@@ -105,13 +111,13 @@ def _guarded(function: object, *arguments: object) -> None:
     from passl.checkpoint import CheckpointError
     from passl.config import ConfigError
     from passl.data.loader import BadSamplesError
-    from passl.engine.trainer import NonFiniteLoss
+    from passl.engine.trainer import NonFiniteLossError
 
     try:
         function(*arguments)
     except ConfigError as error:
         _stop(error, CONFIG_ERROR)
-    except (CheckpointError, BadSamplesError, NonFiniteLoss, OSError) as error:
+    except (CheckpointError, BadSamplesError, NonFiniteLossError, OSError) as error:
         _stop(error, RUN_ERROR)
 
 
@@ -121,7 +127,9 @@ def _stop(error: Exception, code: int) -> None:
 
 
 def _import_paddle() -> None:
-    """Import Paddle on all cores of this process's share, without the warnings it prints about that and about ccache."""
+    """Import Paddle on all cores of this process's share, without the warnings it prints about that and about
+    ccache.
+    """
     # Paddle takes one thread unless told otherwise. Processes on one machine share its cores.
     processes = int(os.environ.get("PADDLE_LOCAL_SIZE") or os.environ.get("PADDLE_TRAINERS_NUM") or 1)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -140,17 +148,16 @@ def _make_demo(options: argparse.Namespace) -> None:
 
     from passl.data.demo import make_demo
 
-    total = 10 * (options.train_per_class + options.val_per_class)
-    with tqdm(total=total, unit="image", disable=None) as bar:
+    with tqdm(unit="image", disable=None) as bar:
+
+        def show(drawn: int, total: int) -> None:
+            bar.total = total
+            bar.update(drawn - bar.n)
+
         try:
-            make_demo(
-                options.out,
-                num_train_per_class=options.train_per_class,
-                num_val_per_class=options.val_per_class,
-                size=options.size,
-                seed=options.seed,
-                progress=bar.update,
+            drawn = make_demo(
+                options.out, options.train_per_class, options.val_per_class, options.size, options.seed, progress=show
             )
         except (ValueError, OSError) as error:
             _stop(error, RUN_ERROR)
-    print(options.out)
+    print(f"{options.out}: {drawn} images drawn" if drawn else f"{options.out}: complete already")

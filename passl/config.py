@@ -93,9 +93,7 @@ def _read(path: str, asked_by: str) -> str:
         with open(path, encoding="utf-8-sig") as file:
             return file.read()
     except UnicodeDecodeError as error:
-        raise ConfigError(
-            [f"{asked_by}{path}: not UTF-8 text ({error.reason} at byte {error.start})"]
-        ) from error
+        raise ConfigError([f"{asked_by}{path}: not UTF-8 text ({error.reason} at byte {error.start})"]) from error
     except OSError as error:
         raise ConfigError([f"{asked_by}{path}: {error.strerror}"]) from error
 
@@ -156,9 +154,7 @@ def _parse_override(override: str) -> tuple[list[str], Any]:
         raise ConfigError([f"{OVERRIDE}: {override}: expected key=value"])
     keys = dotted.strip().split(".")
     if not all(keys):
-        raise ConfigError(
-            [f"{OVERRIDE}: {override}: expected key=value with a dotted key such as Global.epochs"]
-        )
+        raise ConfigError([f"{OVERRIDE}: {override}: expected key=value with a dotted key such as Global.epochs"])
     return keys, parse(text, f"{OVERRIDE}: {dotted}")
 
 
@@ -194,11 +190,7 @@ def _index(node: Any, key: str, path: Path) -> Union[str, int]:
     if not isinstance(node, list):
         raise ConfigError([f"{OVERRIDE}: {dotted}.{key}: {dotted} is {show(node)}, not a section or a list"])
     if not key.isdecimal():
-        raise ConfigError(
-            [f"{OVERRIDE}: {dotted}.{key}: {dotted} is a list: write an index in place of '{key}'"]
-        )
+        raise ConfigError([f"{OVERRIDE}: {dotted}.{key}: {dotted} is a list: write an index in place of '{key}'"])
     if int(key) >= len(node):
-        raise ConfigError(
-            [f"{OVERRIDE}: {dotted}.{key}: {dotted} has only {len(node)} items (the first is 0)"]
-        )
+        raise ConfigError([f"{OVERRIDE}: {dotted}.{key}: {dotted} has only {len(node)} items (the first is 0)"])
     return int(key)

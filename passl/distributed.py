@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Any, ContextManager
+from typing import Any
 
 import numpy as np
 import paddle
@@ -39,8 +39,10 @@ def data_parallel(layer: paddle.nn.Layer) -> paddle.nn.Layer:
     return paddle.DataParallel(layer) if world_size() > 1 else layer
 
 
-def synchronised(layer: paddle.nn.Layer, now: bool) -> ContextManager[None]:
-    """A context for one backward: ``now=False`` keeps gradients local (all but the last micro-batch of an accumulation)."""
+def synchronised(layer: paddle.nn.Layer, now: bool) -> contextlib.AbstractContextManager[None]:
+    """A context for one backward: ``now=False`` keeps gradients local (all but the last micro-batch of an
+    accumulation).
+    """
     if isinstance(layer, paddle.DataParallel) and not now:
         return layer.no_sync()
     return contextlib.nullcontext()

@@ -58,8 +58,8 @@ class Average:
 class MetricsFile:
     """``metrics.jsonl``: one JSON object per line, each with the ``step`` (optimizer steps done) it was measured at.
 
-    Opened for a run that goes on at ``step``, it drops what a killed process wrote after that step, so no step is listed
-    twice.
+    Opened for a run that goes on at ``step``, it drops what a killed process wrote after that step, so no step is
+    listed twice.
     """
 
     def __init__(self, path: Path, step: int = 0) -> None:

@@ -15,11 +15,7 @@ def did_you_mean(word: str, choices: Iterable[str]) -> str:
     near = difflib.get_close_matches(word.lower(), by_lower, n=1)
     if near:
         return f"Did you mean '{by_lower[near[0]]}'?"
-    return (
-        f"Choose from: {', '.join(sorted(by_lower.values()))}."
-        if by_lower
-        else "There are none to choose from."
-    )
+    return f"Choose from: {', '.join(sorted(by_lower.values()))}." if by_lower else "There are none to choose from."
 
 
 class Registry:
@@ -47,9 +43,7 @@ class Registry:
         def add(builder: Builder) -> Builder:
             for name in names or (builder.__name__,):
                 if name in self._builders:
-                    raise ValueError(
-                        f"{self.kind} '{name}' is registered already, by {self._builders[name]!r}"
-                    )
+                    raise ValueError(f"{self.kind} '{name}' is registered already, by {self._builders[name]!r}")
                 self._builders[name] = builder
             return builder
 

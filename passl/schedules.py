@@ -1,6 +1,7 @@
 """Values that change over training: pure functions from an optimizer step to a float.
 
-A schedule is built once the length of the run is known (a :class:`Timeline`) and is then called with the step, counted from 0.
+A schedule is built once the length of the run is known (a :class:`Timeline`) and is then called with the step,
+counted from 0.
 """
 
 from __future__ import annotations
@@ -35,7 +36,9 @@ class Timeline:
         if isinstance(duration, str):
             match = _DURATION.fullmatch(duration)
             if match is None:
-                raise ValueError(f"duration {duration!r} must look like '10ep', '500it' or '5%', or be a number of epochs")
+                raise ValueError(
+                    f"duration {duration!r} must look like '10ep', '500it' or '5%', or be a number of epochs"
+                )
             amount, unit = float(match[1]), match[2]
         else:
             amount, unit = float(duration), "ep"
@@ -111,8 +114,8 @@ def timm_cosine(
 ) -> Schedule:
     """PASSL's cosine: half a cosine over the *whole* run whose first ``warmup_epoch`` epochs are replaced by a line.
 
-    ``learning_rate`` is final: it is not scaled by the batch. ``last_epoch`` is accepted because published configs carry
-    it; where a run goes on is decided by its checkpoint alone.
+    ``learning_rate`` is final: it is not scaled by the batch. ``last_epoch`` is accepted because published configs
+    carry it; where a run goes on is decided by its checkpoint alone.
     """
     if decay_unit not in ("epoch", "step"):
         raise ValueError(f"decay_unit ({decay_unit!r}) must be 'epoch' or 'step'")

@@ -39,9 +39,7 @@ class _Loader(yaml.SafeLoader):
     def compose_node(self, parent: Optional[yaml.Node], index: Any) -> yaml.Node:
         event = self.peek_event()
         if getattr(event, "tag", None) is not None:
-            raise yaml.MarkedYAMLError(
-                problem=f"tag '{event.tag}' is not allowed", problem_mark=event.start_mark
-            )
+            raise yaml.MarkedYAMLError(problem=f"tag '{event.tag}' is not allowed", problem_mark=event.start_mark)
         return super().compose_node(parent, index)
 
     def compose_mapping_node(self, anchor: Optional[str]) -> yaml.MappingNode:
@@ -49,9 +47,7 @@ class _Loader(yaml.SafeLoader):
         first_lines: dict[str, int] = {}
         for key, _ in node.value:
             if key.tag not in (_STR_TAG, _MERGE_TAG):
-                raise yaml.MarkedYAMLError(
-                    problem="a key must be text: quote it", problem_mark=key.start_mark
-                )
+                raise yaml.MarkedYAMLError(problem="a key must be text: quote it", problem_mark=key.start_mark)
             if key.value in first_lines:
                 problem = f"duplicate key '{key.value}' (first on line {first_lines[key.value]})"
                 raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)

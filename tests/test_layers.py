@@ -138,9 +138,7 @@ def breaks_error_handling(path: str, tree: ast.Module) -> Iterator[str]:
 
 
 def is_ellipsis(node: ast.stmt) -> bool:
-    return (
-        isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and node.value.value is Ellipsis
-    )
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and node.value.value is Ellipsis
 
 
 def breaks_signatures(path: str, tree: ast.Module) -> Iterator[str]:

@@ -23,7 +23,9 @@ def test_teacher_temperatures_as_recorded(reference):
     for key in keys:
         start, temperature, warmup_epochs, epochs = recorded[f"{key}_settings"]
         line = Timeline(int(epochs) * 3, 3)
-        schedule = cosine(line, temperature, temperature, warmup=float(warmup_epochs), warmup_start=start, per_epoch=True)
+        schedule = cosine(
+            line, temperature, temperature, warmup=float(warmup_epochs), warmup_start=start, per_epoch=True
+        )
         actual = [schedule(step) for step in range(line.total_steps)]
         np.testing.assert_allclose(actual, np.repeat(recorded[key], 3), rtol=0, atol=1e-12)
 
@@ -41,7 +43,8 @@ def test_linear_probe_learning_rates_as_recorded(reference):
 
 
 @pytest.mark.parametrize(
-    ("duration", "steps"), [("10ep", 500), ("500it", 500), ("5%", 50), (2, 100), (0.5, 25), ("0.5ep", 25), ("1e2it", 100)]
+    ("duration", "steps"),
+    [("10ep", 500), ("500it", 500), ("5%", 50), (2, 100), (0.5, 25), ("0.5ep", 25), ("1e2it", 100)],
 )
 def test_durations(duration, steps):
     assert Timeline(total_steps=1000, steps_per_epoch=50).steps(duration) == steps

@@ -207,9 +207,7 @@ def test_arguments_in_slots_hold_components(monkeypatch):
         "transform.1.size: expected int, got 'x'",
     ]
     assert problems({"backbone": None}, build) == ["backbone: is required"]
-    assert problems({"backbone": []}, build) == [
-        "backbone: expected the backbone as {name: ..., arguments}, got []"
-    ]
+    assert problems({"backbone": []}, build) == ["backbone: expected the backbone as {name: ..., arguments}, got []"]
 
 
 def test_messages_begin_with_the_file_that_set_the_key(tmp_path, monkeypatch):

@@ -108,9 +108,7 @@ def _random_value(rng: random.Random, depth: int):
         lambda: rng.randint(-(10**12), 10**12),
         lambda: rng.choice([rng.uniform(-1, 1) * 10 ** rng.randint(-20, 20), math.inf, 0.0, 1e16]),
         lambda: "".join(rng.choices(string.printable + "éü中文", k=rng.randint(0, 12))),
-        lambda: rng.choice(
-            ["yes", "no", "on", "1e5", "5e-4", "1.", "~", "#", "a: b", "- x", "a\nb", " x ", "*x"]
-        ),
+        lambda: rng.choice(["yes", "no", "on", "1e5", "5e-4", "1.", "~", "#", "a: b", "- x", "a\nb", " x ", "*x"]),
     ]
     if depth == 0 or rng.random() < 0.4:
         return rng.choice(scalars)()

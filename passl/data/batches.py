@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Optional
 
@@ -27,11 +27,10 @@ class LoadedBatch:
 
 
 def load_batch(dataset: ImageFiles, batch: Sequence[tuple[int, int]], seed: int) -> LoadedBatch:
-    """Load and collate the samples (epoch, index) of `batch`; each has the generator `default_rng([seed,
-    epoch, index])`.
+    """Load and collate the samples (epoch, index) of `batch`, each with `default_rng([seed, epoch, index])`.
 
-    A sample whose file cannot be read is replaced by one that this generator draws. Other exceptions pass,
-    with a `SampleError` as their cause that names the sample.
+    A sample whose file cannot be read is replaced by one that its generator draws. Other exceptions pass, with
+    a `SampleError` as their cause that names the sample.
     """
     samples: list[dict[str, Any]] = []
     bad_samples: list[tuple[str, str]] = []
@@ -40,9 +39,7 @@ def load_batch(dataset: ImageFiles, batch: Sequence[tuple[int, int]], seed: int)
         try:
             sample = _sample_or_replacement(dataset, index, rng, bad_samples)
         except Exception as error:
-            raise error from SampleError(
-                f"while loading sample {index} ({dataset.paths[index]}) in epoch {epoch}"
-            )
+            raise error from SampleError(f"while loading sample {index} ({dataset.paths[index]}) in epoch {epoch}")
         if sample is None:
             return LoadedBatch(None, bad_samples)
         samples.append(sample)
@@ -52,18 +49,25 @@ def load_batch(dataset: ImageFiles, batch: Sequence[tuple[int, int]], seed: int)
 def _sample_or_replacement(
     dataset: ImageFiles, index: int, rng: np.random.Generator, bad_samples: list[tuple[str, str]]
 ) -> Optional[dict[str, Any]]:
-    for _ in range(dataset.max_bad_samples + 1):
+    failures = 0
+    for candidate in _candidates(index, len(dataset), rng):
         try:
-            return dataset.sample(index, rng)
+            return dataset.sample(candidate, rng)
         except UnreadableImageError as error:
             bad_samples.append((error.path, error.reason))
-            index = int(rng.integers(len(dataset)))
+            failures += 1
+            if failures > dataset.max_bad_samples:
+                return None
     return None
 
 
+def _candidates(index: int, length: int, rng: np.random.Generator) -> Iterator[int]:
+    yield index
+    yield from (int(other) for other in rng.permutation(length) if other != index)
+
+
 def collate(samples: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
-    """Stack samples with equal keys: views [V, ...] of B samples to [V*B, ...], view by view; all else to [B,
-    ...].
+    """Stack B samples with equal keys: views [V, ...] to [V*B, ...], view by view; all else to [B, ...].
 
     Raises:
         ValueError: the samples' arrays differ in shape.
@@ -75,7 +79,7 @@ def _stack(key: str, arrays: list[np.ndarray]) -> np.ndarray:
     shapes = sorted({array.shape for array in arrays})
     if len(shapes) > 1:
         raise ValueError(
-            f"'{key}' differs in shape between the samples of a batch ({shapes[0]} and {shapes[-1]}): give the "
+            f"'{key}' differs in shape between samples of a batch ({shapes[0]} and {shapes[-1]}): give the "
             "dataset a transform that makes sizes equal, such as CenterCrop, or Resize with [height, width]"
         )
     if key not in VIEW_KEYS:

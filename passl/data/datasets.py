@@ -54,8 +54,8 @@ class ImageFiles:
         return read_rgb(self.paths[index])
 
     def sample(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
-        """The transformed image as `image`, or what the transform returns if that is a dict, with `index` and,
-        if there are labels, `label` (both int64). Raises UnreadableImageError."""
+        """The transformed image as `image` (or what the transform returns, if that is a dict), `index` and, if
+        there are labels, `label`; both int64. Raises UnreadableImageError."""
         image = self.load(index)
         transformed = image if self.transform is None else self.transform(image, rng)
         sample = dict(transformed) if isinstance(transformed, dict) else {"image": transformed}
@@ -227,12 +227,10 @@ def _parse_csv(text: str, list_file: Path) -> tuple[list[str], Optional[list[str
             if missing:
                 problems.append(f"line {reader.line_num}: no {' and no '.join(missing)}")
             elif "surplus" in row:
-                problems.append(
-                    f"line {reader.line_num}: more fields than the {len(columns)} columns of the header"
-                )
+                problems.append(f"line {reader.line_num}: more fields than the {len(columns)} columns of the header")
             rows.append(row)
     except csv.Error as error:
-        problems.append(f"line {reader.line_num}: {error}")
+        problems.append(f"line {reader.reader.line_num}: {error}")
     if problems:
         raise ValueError(_listed(list_file, problems))
     paths = [row["path"].strip() for row in rows]
@@ -246,9 +244,7 @@ def _number_labels(
     if class_names is None and all(re.fullmatch(r"[+-]?\d+", name) for name in names):
         labels = [int(name) for name in names]
         if min(labels) < 0:
-            raise ValueError(
-                f"{os.fspath(list_file)}: labels must be whole numbers from 0 or names, not {min(labels)}"
-            )
+            raise ValueError(f"{os.fspath(list_file)}: labels must be whole numbers from 0 or names, not {min(labels)}")
         return labels, [str(label) for label in range(max(labels) + 1)]
     class_names = sorted(set(names)) if class_names is None else [str(name) for name in class_names]
     label_of = {name: label for label, name in enumerate(class_names)}
@@ -256,9 +252,7 @@ def _number_labels(
         raise ValueError(f"class_names contains a name twice: {_shortened(class_names)}")
     unknown = sorted(set(names) - set(label_of))
     if unknown:
-        problems = [
-            f"label {name!r} is not in class_names. {did_you_mean(name, class_names)}" for name in unknown
-        ]
+        problems = [f"label {name!r} is not in class_names. {did_you_mean(name, class_names)}" for name in unknown]
         raise ValueError(_listed(list_file, problems))
     return [label_of[name] for name in names], class_names
 

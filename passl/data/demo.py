@@ -82,9 +82,7 @@ class DemoSettings:
 
     def __post_init__(self) -> None:
         if min(self.num_train_per_class, self.num_val_per_class) < 1 or self.size < 8 or self.seed < 0:
-            raise ValueError(
-                f"the numbers of pictures must be positive, size at least 8, seed at least 0: {self}"
-            )
+            raise ValueError(f"the numbers of pictures must be positive, size at least 8, seed at least 0: {self}")
         if not 0 < self.min_size <= self.max_size <= 1:
             raise ValueError(f"sizes must satisfy 0 < min_size <= max_size <= 1: {self}")
         if not (0 <= self.clutter <= 1 and 0 <= self.rotation <= 180):
@@ -119,9 +117,7 @@ def make_demo(
         FileExistsError: `out` contains something else, or a demo set with other settings.
         ValueError: an argument is out of range.
     """
-    settings = DemoSettings(
-        num_train_per_class, num_val_per_class, size, seed, clutter, min_size, max_size, rotation
-    )
+    settings = DemoSettings(num_train_per_class, num_val_per_class, size, seed, clutter, min_size, max_size, rotation)
     out = Path(out)
     if _is_complete(out, settings):
         return 0

@@ -40,8 +40,7 @@ def read_rgb(path: Union[str, os.PathLike]) -> Image.Image:
 
     - Grey, palette, CMYK and other 8-bit modes: Pillow's `convert("RGB")`; transparency is dropped, not
       blended, as the official code does.
-    - 16-bit, 32-bit and float images: reduced to 8 bit by `reduce_to_8_bit` (Pillow itself would clip to
-      white).
+    - 16-bit, 32-bit and float images: reduced by `reduce_to_8_bit` (Pillow itself would clip to white).
     - An EXIF orientation is applied: the image is returned upright.
 
     Raises:
@@ -57,8 +56,8 @@ def read_rgb(path: Union[str, os.PathLike]) -> Image.Image:
             return to_rgb(_upright(image))
     except (UnreadableImageError, MemoryError):
         raise
-    # Pillow's decoders raise OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, KeyError
-    # ... for damaged files: there is no narrower common class.
+    # Pillow's decoders raise OSError, SyntaxError, ValueError, EOFError, struct.error, KeyError ... for damaged
+    # files: there is no narrower common class.
     except Exception as error:
         raise UnreadableImageError(path, _reason(error)) from error
 
@@ -85,20 +84,16 @@ def reduce_to_8_bit(values: np.ndarray) -> np.ndarray:
     """
     if values.dtype.kind == "u":
         return (values >> 8).astype(np.uint8)
-    is_float = values.dtype.kind == "f"
+    levels = (1.0, 255.0, 65535.0) if values.dtype.kind == "f" else (255.0, 65535.0)
     values = values.astype(np.float64)
     finite = values[np.isfinite(values)]
     low, high = (finite.min(), finite.max()) if finite.size else (0.0, 0.0)
-    white_levels = (1.0, 255.0, 65535.0) if is_float else (255.0, 65535.0)
-    white = next((level for level in white_levels if low >= 0 and high <= level), None)
+    black = 0.0
+    white = next((level for level in levels if low >= 0 and high <= level), None)
     if white is None:
-        black, white = low, high
-    else:
-        black = 0.0
-    scaled = (np.nan_to_num(values, nan=black, posinf=white, neginf=black) - black) * (
-        255.0 / (white - black)
-    )
-    return np.rint(scaled).astype(np.uint8)
+        black, white = low, high if high > low else low + 1.0  # An image of one value becomes black.
+    values = np.nan_to_num(values, nan=black, posinf=white, neginf=black)
+    return np.rint((values - black) * (255.0 / (white - black))).astype(np.uint8)
 
 
 def _upright(image: Image.Image) -> Image.Image:

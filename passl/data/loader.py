@@ -1,7 +1,7 @@
 """Batches for training and evaluation: which samples, in which order, drawn how, loaded by whom.
 
-The generator of a sample is `default_rng([seed, epoch, index])`, that of an epoch's order `default_rng([seed,
-epoch])`: the content of every batch is the same for any number of workers, and a run can continue at any step.
+The order of an epoch is drawn by `default_rng([seed, epoch])`, a sample's augmentation by `default_rng([seed, epoch,
+index])`: batches do not depend on the number of workers, and a run can continue at any step.
 """
 
 from __future__ import annotations
@@ -66,9 +66,7 @@ class EpochSampler:
         if not 0 <= rank < world_size:
             raise ValueError(f"rank ({rank}) must be at least 0 and less than world_size ({world_size})")
         self.global_batch_size = batch_size * world_size
-        self.steps_per_epoch = (
-            length // self.global_batch_size if drop_last else -(-length // self.global_batch_size)
-        )
+        self.steps_per_epoch = length // self.global_batch_size if drop_last else -(-length // self.global_batch_size)
         if self.steps_per_epoch == 0:
             raise ValueError(
                 f"{length} samples do not fill one global batch of {batch_size} x {world_size} process(es): "
@@ -81,9 +79,7 @@ class EpochSampler:
         self.world_size = world_size
         self.shuffle = shuffle
 
-    def batches(
-        self, start_step: int = 0, stop_step: Optional[int] = None
-    ) -> Iterator[list[tuple[int, int]]]:
+    def batches(self, start_step: int = 0, stop_step: Optional[int] = None) -> Iterator[list[tuple[int, int]]]:
         """This process's batches of the steps `start_step .. stop_step - 1`, as lists of (epoch, index).
 
         Steps count from the beginning of epoch 0 and run on into the following epochs, without end if
@@ -130,8 +126,7 @@ class Loader:
     ) -> None:
         if num_workers < 0 or prefetch_factor < 1:
             raise ValueError(
-                f"num_workers ({num_workers}) must be at least 0 and "
-                f"prefetch_factor ({prefetch_factor}) at least 1"
+                f"num_workers ({num_workers}) must be at least 0 and prefetch_factor ({prefetch_factor}) at least 1"
             )
         self.dataset = dataset
         self.sampler = sampler
@@ -150,8 +145,8 @@ class Loader:
         return list(self._reason_of_bad_path.items())
 
     def iterate(self, start_step: int = 0, stop_step: Optional[int] = None) -> Iterator[dict[str, Any]]:
-        """The batches of the steps `start_step .. stop_step - 1`: dicts of Paddle tensors, or of numpy arrays if
-        there are no workers.
+        """The batches of the steps `start_step .. stop_step - 1`: dicts of Paddle tensors, or of numpy arrays
+        if there are no workers.
 
         `index` and, if there are labels, `label`: int64 [B], of the samples that are really in the batch,
         also where a sample replaces an unreadable one. Multi-crop views: `global_crops` [2*B, 3, h, w] and
@@ -183,12 +178,8 @@ class Loader:
             if path not in self._reason_of_bad_path:
                 self._reason_of_bad_path[path] = reason
                 count = len(self._reason_of_bad_path)
-                logger.warning(
-                    "unreadable image %d (of at most %d) replaced: %s: %s", count, limit, path, reason
-                )
+                logger.warning("unreadable image %d (of at most %d) replaced: %s: %s", count, limit, path, reason)
         if len(self._reason_of_bad_path) > limit:
             raise BadSamplesError(f"more than max_bad_samples ({limit}) image files", self.bad_samples)
         if loaded.arrays is None:
-            raise BadSamplesError(
-                f"no replacement found in {limit + 1} attempts: image files", self.bad_samples
-            )
+            raise BadSamplesError("all image files", self.bad_samples)

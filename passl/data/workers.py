@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import gc
 import os
 import pickle
 import signal
@@ -37,14 +38,12 @@ def load(
     num_workers: int,
     prefetch_factor: int,
 ) -> Iterator[LoadedBatch]:
-    """`load_batch` of each of `batches`, in their order, by `num_workers` processes; arrays become Paddle
-    tensors.
+    """`load_batch` of each of `batches`, in order, by `num_workers` processes; arrays become Paddle tensors.
 
     Raises:
         Exception: what `load_batch` raised in the worker; its cause holds the worker's traceback.
-        WorkerDiedError: a worker was killed. (If this process was not waiting for a batch at that moment,
-        Paddle's
-            handler of SIGCHLD may be faster with a SystemError.)
+        WorkerDiedError: a worker was killed. While this process is not waiting for a batch, Paddle's handler of
+            SIGCHLD is faster and raises SystemError.
     """
     loader = paddle.io.DataLoader(
         _Batches(dataset, seed),
@@ -54,7 +53,7 @@ def load(
         prefetch_factor=prefetch_factor,
         worker_init_fn=functools.partial(_prepare_worker, os.getpid()),
     )
-    iterator = iter(loader)
+    iterator = _started(loader)
     try:
         for result in _results(iterator):
             bad_samples, error = pickle.loads(result["outcome"])
@@ -67,6 +66,17 @@ def load(
         iterator._try_shutdown_all()
 
 
+def _started(loader: paddle.io.DataLoader) -> Any:
+    # The workers are forks. If the garbage collector of one met the remains of an earlier loader, their
+    # destructors would wait for ever for threads that a fork lacks. Frozen objects are never collected.
+    gc.collect()
+    gc.freeze()
+    try:
+        return iter(loader)
+    finally:
+        gc.unfreeze()
+
+
 def _results(iterator: Any) -> Iterator[dict[str, Any]]:
     while True:
         try:
@@ -76,8 +86,8 @@ def _results(iterator: Any) -> Iterator[dict[str, Any]]:
         except SystemError as error:
             exit_codes = [worker.exitcode for worker in iterator._workers if worker.exitcode]
             raise WorkerDiedError(
-                f"a data-loading worker ended unexpectedly (exit codes {exit_codes}; -9 is a kill). Out of memory, "
-                "or /dev/shm too small? Try fewer num_workers, or give the container more shared memory"
+                f"a data-loading worker ended unexpectedly (exit codes {exit_codes}; -9: killed). Not enough "
+                "memory, or /dev/shm too small? Try fewer num_workers, or give the container more shared memory"
             ) from error
         yield result
 

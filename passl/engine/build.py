@@ -109,7 +109,9 @@ def schedules(config: Config, line: Timeline) -> dict[str, Schedule]:
 
 
 def optimizer(config: Config, method: Method) -> Optimizer:
-    """The optimizer over the method's groups; names every parameter after its place, which keys the optimizer's state."""
+    """The optimizer over the method's groups; names every parameter after its place, which keys the optimizer's
+    state.
+    """
     for name, parameter in method.named_parameters():
         parameter.name = name
     return component(config["Optimizer"], OPTIMIZERS, "Optimizer", groups=method.param_groups())

@@ -24,7 +24,8 @@ logger = logging.getLogger("passl")
 
 
 class LogHook:
-    """The log line every ``interval`` steps and after each epoch, ``metrics.jsonl``, VisualDL scalars, one progress bar.
+    """The log line every ``interval`` steps and after each epoch, ``metrics.jsonl``, VisualDL scalars, one progress
+    bar.
 
     Losses and metrics in a line are means over the steps since the line before and over all processes.
 
@@ -90,9 +91,13 @@ class LogHook:
                     self._writer.add_scalar(tag=f"{phase}/{name}", step=step, value=value)
 
     def _flush(self) -> None:
-        """Read the scalars of the steps since the last line, from all processes: the only place that waits for the device."""
+        """Read the scalars of the steps since the last line, from all processes: the only place that waits for the
+        device.
+        """
         names = list(self._pending[0][0])
-        totals = paddle.stack([paddle.stack([outputs[n].astype("float32") for n in names]) * size for outputs, size in self._pending]).sum(0)
+        totals = paddle.stack(
+            [paddle.stack([outputs[n].astype("float32") for n in names]) * size for outputs, size in self._pending]
+        ).sum(0)
         packed = paddle.concat([totals, paddle.to_tensor([float(sum(size for _, size in self._pending))])])
         *sums, count = distributed.all_reduce_sum_(packed).tolist()
         for name, total in zip(names, sums):
@@ -115,8 +120,10 @@ class LogHook:
             f"max mem: {_peak_memory():.2f} GB",
             f"eta: {duration((trainer.stop_step - trainer.step) * batch_cost)}",
         ]
-        head = f"[Train][Epoch {trainer.epoch + 1}/{trainer.epochs}][Iter: {step_in_epoch}/{trainer.timeline.steps_per_epoch}]"
-        logger.info("%s %s", head, ", ".join(parts))
+        place = (
+            f"[Epoch {trainer.epoch + 1}/{trainer.epochs}][Iter: {step_in_epoch}/{trainer.timeline.steps_per_epoch}]"
+        )
+        logger.info("[Train]%s %s", place, ", ".join(parts))
         speed = {"batch_cost": batch_cost, "reader_cost": reader_cost, "ips": ips}
         self.record(trainer.step, {"epoch": trainer.epoch + 1, **metrics, **trainer.values, **speed}, "train")
         if self._bar is not None:
@@ -131,7 +138,9 @@ class LogHook:
 
 
 class EvaluationHook:
-    """Runs evaluators every ``interval`` steps and at the end; the first one's key metric decides which checkpoint is best."""
+    """Runs evaluators every ``interval`` steps and at the end; the first one's key metric decides which checkpoint is
+    best.
+    """
 
     def __init__(self, evaluators: Sequence[Evaluator], interval: int, log: LogHook, folder: Path) -> None:
         self.evaluators = list(evaluators)
@@ -159,7 +168,13 @@ class EvaluationHook:
         best = trainer.progress["best_metric"]
         if best is None or results[key] > best:
             trainer.progress.update(best_metric=results[key], best_epoch=epoch, is_best=True)
-        logger.info("[Eval][Epoch %d][best metric: %.5f] (%s, epoch %d)", epoch, trainer.progress["best_metric"], key, trainer.progress["best_epoch"])
+        logger.info(
+            "[Eval][Epoch %d][best metric: %.5f] (%s, epoch %d)",
+            epoch,
+            trainer.progress["best_metric"],
+            key,
+            trainer.progress["best_epoch"],
+        )
         self.log.record(trainer.step, {"epoch": epoch, **results}, "eval")
 
     def after_train(self, trainer: Trainer) -> None:
@@ -190,7 +205,11 @@ class CheckpointHook:
         except OSError as error:
             if is_last:
                 raise
-            logger.error("checkpoint of step %d was not saved (%s); the run goes on, the next one will be tried", trainer.step, error)
+            logger.error(
+                "checkpoint of step %d was not saved (%s); the run goes on, the next one will be tried",
+                trainer.step,
+                error,
+            )
 
     def after_train(self, trainer: Trainer) -> None:
         """Nothing: the last step was saved."""

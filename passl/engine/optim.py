@@ -1,6 +1,7 @@
 """Optimizers with the parameter groups, clipping and decay of the official DINO.
 
-Weights are changed by Paddle's own optimizer where it agrees with the official numbers (AdamW), and by a few lines where
+Weights are changed by Paddle's own optimizer where it agrees with the official numbers (AdamW), and by a few lines
+where
 it does not (Momentum, LARS). All are driven from outside: :meth:`Optimizer.set` gives the learning rate and the weight
 decay of the step that follows.
 """
@@ -33,13 +34,17 @@ class Optimizer:
     """
 
     def __init__(
-        self, groups: Sequence[ParamGroup], weight_decay: float = 0.0, clip_norm: Optional[float] = None, clip_mode: str = "each"
+        self,
+        groups: Sequence[ParamGroup],
+        weight_decay: float = 0.0,
+        clip_norm: Optional[float] = None,
+        clip_mode: str = "each",
     ) -> None:
         if clip_mode not in CLIP_MODES:
             raise ValueError(f"clip_mode ({clip_mode!r}) must be one of {', '.join(CLIP_MODES)}")
         if clip_norm is not None and clip_norm <= 0:
             raise ValueError(f"clip_norm ({clip_norm}) must be positive; null turns clipping off")
-        self.groups = [group for group in groups if group["params"]]
+        self.groups = self._param_groups = [group for group in groups if group["params"]]  # GradScaler reads the latter
         self.parameters = [p for group in self.groups for p in group["params"]]
         if not self.parameters:
             raise ValueError("the method has no trainable parameter")
@@ -56,7 +61,8 @@ class Optimizer:
 
     @paddle.no_grad()
     def clip_gradients(self) -> list[Optional[paddle.Tensor]]:
-        """Scale gradients down to ``clip_norm``; returns the norm of each parameter's gradient before (None: no gradient).
+        """Scale gradients down to ``clip_norm``; returns the norm of each parameter's gradient before (None: no
+        gradient).
 
         The factor is ``clip_norm / (norm + 1e-6)`` where that is below one, as in the official code.
         """
@@ -77,7 +83,8 @@ class Optimizer:
             if parameter.grad is None or norm is None:
                 continue
             factor = self.clip_norm / (norm + 1e-6)
-            # Reading a number costs nothing on a CPU and saves a pass over the gradient; on a GPU it would stall the queue.
+            # Reading a number costs nothing on a CPU and saves a pass over the gradient; on a GPU it would stall the
+            # queue.
             if not on_cpu:
                 parameter.grad.multiply_(factor.clip(max=1.0).astype(parameter.grad.dtype))
             elif factor.item() < 1:
@@ -211,7 +218,9 @@ class Momentum(Optimizer):
         _check_state(state, self.parameters)
         for suffix, table in ((_VELOCITY, self._velocities), (_MASTER, self._masters)):
             table.clear()
-            table.update((key[: -len(suffix)], paddle.to_tensor(value)) for key, value in state.items() if key.endswith(suffix))
+            table.update(
+                (key[: -len(suffix)], paddle.to_tensor(value)) for key, value in state.items() if key.endswith(suffix)
+            )
 
 
 @OPTIMIZERS.register("LARS")
@@ -219,7 +228,8 @@ class LARS(Momentum):
     """Momentum with layer-wise adaptive rates (You et al. 2017), by the official DINO's rule.
 
     In groups with decay, ``decay * weight`` is added to the gradient and the sum scaled by ``trust_coefficient *
-    |weight| / |sum|`` (by 1 where either is 0); the others take plain momentum steps. Paddle's own LARS differs by 6e-5.
+    |weight| / |sum|`` (by 1 where either is 0); the others take plain momentum steps. Paddle's own LARS differs by
+    6e-5.
     """
 
     def __init__(
@@ -254,17 +264,26 @@ def _norm(tensor: paddle.Tensor) -> paddle.Tensor:
 
 
 def _tensors(state: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    return {k: {n: paddle.to_tensor(v) for n, v in x.items()} if isinstance(x, Mapping) else paddle.to_tensor(x) for k, x in state.items()}
+    return {
+        k: {n: paddle.to_tensor(v) for n, v in x.items()} if isinstance(x, Mapping) else paddle.to_tensor(x)
+        for k, x in state.items()
+    }
 
 
 def _check_state(state: Mapping[str, np.ndarray], parameters: Sequence[paddle.Tensor]) -> None:
-    """Each entry must be named after a parameter and have its shape (or be a counter): Paddle would skip the rest silently."""
+    """Each entry must be named after a parameter and have its shape (or be a counter): Paddle would skip the rest
+    silently.
+    """
     by_length = sorted(parameters, key=lambda p: -len(p.name))
     for key, value in state.items():
         if key == "master_weights":
             continue
         owner = next((p for p in by_length if key.startswith(p.name + "_")), None)
         if owner is None:
-            raise CheckpointError(f"the optimizer state has {key}, which belongs to no trainable parameter of this model")
+            raise CheckpointError(
+                f"the optimizer state has {key}, which belongs to no trainable parameter of this model"
+            )
         if value.size > 1 and list(value.shape) != list(owner.shape):
-            raise CheckpointError(f"the optimizer state {key} has shape {list(value.shape)}, its parameter {list(owner.shape)}")
+            raise CheckpointError(
+                f"the optimizer state {key} has shape {list(value.shape)}, its parameter {list(owner.shape)}"
+            )

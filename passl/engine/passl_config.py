@@ -15,7 +15,11 @@ _BACKBONES = {
     "dino_vit_base8": ("vit_base", 8),
 }
 _SUFFIX = "_linearprobe"
-_FIXED = {"task_type": "Classification", "train_loop": "ClassificationTrainingEpochLoop", "validate_loop": "ClassificationEvaluationLoop"}
+_FIXED = {
+    "task_type": "Classification",
+    "train_loop": "ClassificationTrainingEpochLoop",
+    "validate_loop": "ClassificationEvaluationLoop",
+}
 
 
 def is_passl(config: Mapping[str, Any]) -> bool:
@@ -47,8 +51,24 @@ class _Translator:
         self.problems: list[str] = []
 
     def sections(self) -> dict[str, Any]:
-        known = ("Global", "FP16", "DistributedStrategy", "Model", "Loss", "Metric", "LRScheduler", "Optimizer", "DataLoader", "Export", "EMA")
-        result = {key: value for key, value in self.config.items() if key not in known or key in ("FP16", "Optimizer", "Export", "Evaluators")}
+        known = (
+            "Global",
+            "FP16",
+            "DistributedStrategy",
+            "Model",
+            "Loss",
+            "Metric",
+            "LRScheduler",
+            "Optimizer",
+            "DataLoader",
+            "Export",
+            "EMA",
+        )
+        result = {
+            key: value
+            for key, value in self.config.items()
+            if key not in known or key in ("FP16", "Optimizer", "Export", "Evaluators")
+        }
         result["Global"] = self.global_section()
         result["Model"] = self.model()
         result["Schedules"] = {"lr": self.config.get("LRScheduler")}

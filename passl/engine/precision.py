@@ -1,11 +1,13 @@
-"""Mixed precision: where it is cast, how the loss is scaled, and a refusal where the device would silently ignore it."""
+"""Mixed precision: where it is cast, how the loss is scaled, and a refusal where the device would silently ignore
+it.
+"""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, ContextManager, Optional
+from typing import Any, Optional
 
 import paddle
 from paddle import nn
@@ -49,8 +51,8 @@ class Precision:
             raise ValueError(f"FP16.dtype ({dtype!r}) must be one of {', '.join(DTYPES)}")
         if level != "O0" and not paddle.get_device().startswith("gpu"):
             raise ValueError(
-                f"FP16.level={level} needs a GPU: on {paddle.get_device()} Paddle would compute in float32 without saying so."
-                " Use -o FP16.level=O0"
+                f"FP16.level={level} needs a GPU: on {paddle.get_device()} Paddle would compute in float32 without "
+                "saying so. Use -o FP16.level=O0"
             )
         self.level = level
         self.dtype = dtype
@@ -64,7 +66,7 @@ class Precision:
             for layer in layers:
                 paddle.amp.decorate(models=layer, level="O2", dtype=self.dtype)
 
-    def autocast(self) -> ContextManager[None]:
+    def autocast(self) -> contextlib.AbstractContextManager[None]:
         if self.level == "O0":
             return contextlib.nullcontext()
         return paddle.amp.auto_cast(level=self.level, dtype=self.dtype)

@@ -19,6 +19,7 @@ from passl.engine.passl_config import translate
 from passl.engine.settings import GlobalSettings, schema
 from passl.engine.trainer import Hook, Trainer
 from passl.evaluators import evaluate
+from passl.models import cpu
 from passl.models.method import Method
 from passl.schedules import Timeline
 
@@ -62,7 +63,11 @@ def train(config: Config, source: Config) -> Trainer:
     if evaluators:
         interval = _steps(line, settings.eval_interval, settings.eval_unit, "Global.eval_interval")
         hooks.append(EvaluationHook(evaluators, interval, log_hook, folder))
-    description = {"config": to_yaml(source), "world_size": distributed.world_size(), "length": len(loader.dataset)}
+    description = {
+        "config": to_yaml(source),
+        "world_size": distributed.world_size(),
+        "length": len(loader.dataset),
+    }
     save_interval = _steps(line, settings.save_interval, "epoch", "Global.save_interval")
     hooks.append(CheckpointHook(store, save_interval, description))
     try:
@@ -106,7 +111,9 @@ def evaluate_config(config: Config, source: Config) -> dict[str, float]:
     results: dict[str, float] = {}
     for evaluator in found:
         if evaluator.subject == "method" and not hasattr(model, "predict"):
-            raise ConfigError([f"{type(evaluator).__name__} needs a model that predicts classes, and {type(model).__name__} does not"])
+            raise ConfigError(
+                [f"{type(evaluator).__name__} needs a model that predicts classes, and {type(model).__name__} does not"]
+            )
         results.update(evaluate(evaluator, model, folder))
     logger.info("[Eval] %s", ", ".join(f"{name}: {value:.5f}" for name, value in results.items()))
     if distributed.is_main():
@@ -129,13 +136,12 @@ def _start(settings: GlobalSettings) -> None:
     try:
         # Under the launcher each process has its own GPU, and "gpu" means that one.
         paddle.set_device(device)
+        if device == "cpu":
+            cpu.tune()
         if settings.flags:
             paddle.set_flags(settings.flags)
     except ValueError as error:
         raise ConfigError([f"Global: {error}"]) from error
-    if device == "cpu":
-        # Strided views make the CPU step twice as slow.
-        paddle.set_flags({"FLAGS_use_stride_kernel": False, **settings.flags})
     distributed.init()
 
 
@@ -148,10 +154,17 @@ def _load_start(
         if settings.pretrained_model:
             _load_pretrained(settings, method)
         elif method.needs_pretrained:
-            logger.warning("Global.pretrained_model is not given: %s trains on an untrained backbone", type(method).__name__)
+            logger.warning(
+                "Global.pretrained_model is not given: %s trains on an untrained backbone",
+                type(method).__name__,
+            )
         return None
     states = checkpoint.read_states(prefix)
-    for key, value in (("steps_per_epoch", line.steps_per_epoch), ("global_batch_size", line.global_batch_size), ("seed", settings.seed)):
+    for key, value in (
+        ("steps_per_epoch", line.steps_per_epoch),
+        ("global_batch_size", line.global_batch_size),
+        ("seed", settings.seed),
+    ):
         if states[key] != value:
             raise CheckpointError(
                 f"{prefix}: saved with {key} {states[key]}, this run has {value}: it would not be the same run. "
@@ -177,7 +190,11 @@ def _resume_prefix(settings: GlobalSettings, store: CheckpointStore) -> Optional
         checkpoint.read_states(prefix)
     except CheckpointError as error:
         # A crash between two renames leaves `latest` mixed; the set that it was to point at is still there.
-        whole = CheckpointStore(prefix.parent).newest_intact() if prefix.name == "latest" and prefix.parent.is_dir() else None
+        whole = (
+            CheckpointStore(prefix.parent).newest_intact()
+            if prefix.name == "latest" and prefix.parent.is_dir()
+            else None
+        )
         if whole is None:
             raise
         logger.warning("%s; falling back to %s", error, whole)
@@ -207,7 +224,11 @@ def _open_folder(folder: Path, source: Config, going_on: bool) -> None:
         while (aside := folder.with_name(f"{folder.name}.old-{number}")).exists():
             number += 1
         folder.rename(aside)
-        logger.warning("%s held another run: moved to %s (-o Global.checkpoint=auto would have resumed it)", folder, aside)
+        logger.warning(
+            "%s held another run: moved to %s (-o Global.checkpoint=auto would have resumed it)",
+            folder,
+            aside,
+        )
     log.setup(folder / "train.log")
     (folder / "config.yaml").write_text(to_yaml(source), encoding="utf-8")
 
@@ -229,7 +250,8 @@ def _announce(trainer: Trainer, method: Method, folder: Path) -> None:
     trainable = sum(p.size for p in method.parameters() if not p.stop_gradient)
     line = trainer.timeline
     logger.info(
-        "%s: %.2f M trainable parameters; %d images per step on %d process(es), %d steps per epoch, steps %d to %d; %s; results in %s",
+        "%s: %.2f M trainable parameters; %d images per step on %d process(es), %d steps per epoch, steps %d to %d; "
+        "%s; results in %s",
         type(method).__name__, trainable / 1e6, line.global_batch_size, distributed.world_size(),
         line.steps_per_epoch, trainer.step, trainer.stop_step, paddle.get_device(), folder,
     )  # fmt: skip

@@ -21,7 +21,7 @@ Batch = Mapping[str, Any]
 _OPTIMIZER_VALUES = ("lr", "weight_decay")
 
 
-class NonFiniteLoss(RuntimeError):
+class NonFiniteLossError(RuntimeError):
     """The loss became infinite or NaN; nothing was saved since the last good checkpoint."""
 
 
@@ -105,7 +105,7 @@ class Trainer:
         """Train from ``self.step`` to the end.
 
         Raises:
-            NonFiniteLoss: the loss is not finite.
+            NonFiniteLossError: the loss is not finite.
         """
         self.method.train()
         for hook in self.hooks:
@@ -151,7 +151,8 @@ class Trainer:
                     outputs = self.model(part, **values)
                 self._unchecked_loss = outputs["loss"].detach()
                 if paddle.get_device() == "cpu":
-                    # Elsewhere reading it now would stall the queue: it is read one step later, before anything is saved.
+                    # Elsewhere reading it now would stall the queue: it is read one step later, before anything is
+                    # saved.
                     self.check_finite()
                 self.precision.backward(outputs["loss"] * share if share != 1 else outputs["loss"])
             for name, value in outputs.items():
@@ -159,15 +160,16 @@ class Trainer:
                 self.outputs[name] = self.outputs[name] + weighted if number else weighted
 
     def check_finite(self) -> None:
-        """Raises NonFiniteLoss when the newest loss is not finite."""
+        """Raises NonFiniteLossError when the newest loss is not finite."""
         if self._unchecked_loss is None:
             return
         loss = self._unchecked_loss.item()
         self._unchecked_loss = None
         if not np.isfinite(loss):
             values = ", ".join(f"{name} {value:.4g}" for name, value in self.values.items())
-            raise NonFiniteLoss(
-                f"the loss is {loss} at step {self.step} (epoch {self.step // self.timeline.steps_per_epoch + 1}); {values}."
+            epoch = self.step // self.timeline.steps_per_epoch + 1
+            raise NonFiniteLossError(
+                f"the loss is {loss} at step {self.step} (epoch {epoch}); {values}."
                 " Nothing was saved since the last checkpoint: resume it with -o Global.checkpoint=auto and a lower"
                 " learning rate, a longer warm-up, a smaller Optimizer.clip_norm, or FP16.level=O0"
             )
@@ -185,16 +187,24 @@ def _match_schedules(method: Method, schedules: Mapping[str, Schedule]) -> tuple
     taken = []
     for function in (method.forward, method.after_step):
         parameters = [p for p in inspect.signature(function).parameters.values() if p.name != "batch"]
-        missing = [p.name for p in parameters if p.default is p.empty and p.kind is not p.VAR_KEYWORD and p.name not in schedules]
+        missing = [
+            p.name
+            for p in parameters
+            if p.default is p.empty and p.kind is not p.VAR_KEYWORD and p.name not in schedules
+        ]
         if missing:
-            raise ValueError(f"{type(method).__name__} needs a schedule for {', '.join(missing)}: add Schedules.{missing[0]}")
+            raise ValueError(
+                f"{type(method).__name__} needs a schedule for {', '.join(missing)}: add Schedules.{missing[0]}"
+            )
         names = [p.name for p in parameters if p.name in schedules]
         accepted.update(p.name for p in parameters)
         taken.append(names)
     unused = sorted(set(schedules) - accepted)
     if unused:
         known = ", ".join(sorted(accepted))
-        raise ValueError(f"Schedules.{unused[0]}: nothing in {type(method).__name__} takes it; schedules it knows: {known}")
+        raise ValueError(
+            f"Schedules.{unused[0]}: nothing in {type(method).__name__} takes it; schedules it knows: {known}"
+        )
     return taken[0], taken[1]
 
 
@@ -204,7 +214,10 @@ def _micro_batches(batch: Batch, count: int) -> Iterator[tuple[dict[str, paddle.
     bounds = [round(size * part / count) for part in range(count + 1)]
     for start, stop in zip(bounds, bounds[1:]):
         if stop > start:
-            yield {name: _samples(value, size, start, stop) for name, value in batch.items()}, (stop - start) / size
+            yield (
+                {name: _samples(value, size, start, stop) for name, value in batch.items()},
+                (stop - start) / size,
+            )
 
 
 def _samples(value: Any, size: int, start: int, stop: int) -> paddle.Tensor:

@@ -40,7 +40,11 @@ def evaluate(evaluator: Evaluator, method: nn.Layer, output_dir: Path) -> dict[s
 
 
 def map_dataset(
-    function: Callable[[paddle.Tensor], paddle.Tensor], dataset: Any, batch_size: int, num_workers: int = 0, title: str = ""
+    function: Callable[[paddle.Tensor], paddle.Tensor],
+    dataset: Any,
+    batch_size: int,
+    num_workers: int = 0,
+    title: str = "",
 ) -> tuple[np.ndarray, np.ndarray]:
     """``function`` of every image, shared out over processes and put together in the order of the data set.
 
@@ -64,7 +68,12 @@ def map_dataset(
 
 def _batches(dataset: Any, batch_size: int, num_workers: int, title: str) -> Iterator[dict[str, Any]]:
     sampler = EpochSampler(
-        len(dataset), batch_size, rank=distributed.rank(), world_size=distributed.world_size(), shuffle=False, drop_last=False
+        len(dataset),
+        batch_size,
+        rank=distributed.rank(),
+        world_size=distributed.world_size(),
+        shuffle=False,
+        drop_last=False,
     )
     batches = Loader(dataset, sampler, num_workers=num_workers).iterate(0, sampler.steps_per_epoch)
     hidden = None if distributed.is_main() else True  # None: shown on a terminal only

@@ -1,4 +1,6 @@
-"""Weighted k-nearest-neighbour classification on frozen features (Wu et al. 2018, section 3.4; the official DINO's protocol)."""
+"""Weighted k-nearest-neighbour classification on frozen features (Wu et al. 2018, section 3.4; the official DINO's
+protocol).
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,9 @@ class KNN(Evaluator):
     ) -> None:
         for name, dataset in (("train_dataset", train_dataset), ("val_dataset", val_dataset)):
             if dataset.labels is None:
-                raise ValueError(f"KNN needs labels, and {name} has none: use class folders (ImageFolder) or a csv (ImageList)")
+                raise ValueError(
+                    f"KNN needs labels, and {name} has none: use class folders (ImageFolder) or a csv (ImageList)"
+                )
         _check(k, temperature)
         _check_classes(train_dataset, val_dataset)
         self.train_dataset = train_dataset
@@ -76,9 +80,14 @@ def normalize(features: paddle.Tensor) -> paddle.Tensor:
 
 
 def knn_classify(
-    train: np.ndarray, train_labels: np.ndarray, test: np.ndarray, k: Sequence[int] = (20,), temperature: float = 0.07
+    train: np.ndarray,
+    train_labels: np.ndarray,
+    test: np.ndarray,
+    k: Sequence[int] = (20,),
+    temperature: float = 0.07,
 ) -> dict[int, np.ndarray]:
-    """Votes for each class: each of the k most similar training rows adds ``exp(similarity / temperature)`` to its class.
+    """Votes for each class: each of the k most similar training rows adds ``exp(similarity / temperature)`` to its
+    class.
 
     Memory does not grow with the number of test rows or classes beyond the result itself.
 
@@ -126,6 +135,6 @@ def _check_classes(train_dataset: Any, val_dataset: Any) -> None:
     if train and val and list(train) != list(val):
         differing = sorted(set(train) ^ set(val))
         raise ValueError(
-            f"KNN: {len(train)} training and {len(val)} validation classes differ, so labels would not agree; only in one of them: "
-            f"{', '.join(differing[:10])}"
+            f"the {len(train)} training and {len(val)} validation classes differ, so labels would not agree; "
+            f"only in one of them: {', '.join(differing[:10])}"
         )

@@ -8,6 +8,8 @@ import paddle
 import paddle.nn.functional as F
 from paddle import Tensor, nn
 
+from passl.models import functional
+
 # The official trunc_normal_(std=0.02) cuts at +-2, which is 100 standard deviations: a plain normal. Paddle's
 # TruncatedNormal cuts at 2 standard deviations and would give 0.0176.
 NORMAL_002 = nn.initializer.Normal(std=0.02)
@@ -21,9 +23,25 @@ def torch_uniform(fan_in: int) -> nn.initializer.Initializer:
     return nn.initializer.Uniform(-bound, bound)
 
 
-def linear(in_dim: int, out_dim: int, bias: bool = True) -> nn.Linear:
-    """A linear layer with the official initialisation of transformers and heads: N(0, 0.02), bias 0."""
-    return nn.Linear(in_dim, out_dim, weight_attr=NORMAL_002, bias_attr=ZERO if bias else False)
+class Linear(nn.Linear):
+    """A linear layer as transformers and heads begin with officially: N(0, 0.02), bias 0. [..., in] -> [..., out]"""
+
+    def __init__(self, in_dim: int, out_dim: int, bias: bool = True) -> None:
+        super().__init__(in_dim, out_dim, weight_attr=NORMAL_002, bias_attr=ZERO if bias else False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.linear(x, self.weight, self.bias)
+
+
+class LayerNorm(nn.LayerNorm):
+    """Normalisation of the last axis. [..., D] -> [..., D]"""
+
+    def __init__(self, dim: int, epsilon: float = 1e-6) -> None:
+        super().__init__(dim, epsilon=epsilon)
+        self.epsilon = epsilon
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.layer_norm(x, self.weight, self.bias, self.epsilon)
 
 
 class DropPath(nn.Layer):
@@ -51,8 +69,8 @@ class Mlp(nn.Layer):
 
     def __init__(self, dim: int, hidden_dim: int) -> None:
         super().__init__()
-        self.fc1 = linear(dim, hidden_dim)
-        self.fc2 = linear(hidden_dim, dim)
+        self.fc1 = Linear(dim, hidden_dim)
+        self.fc2 = Linear(hidden_dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(F.gelu(self.fc1(x)))
@@ -68,9 +86,7 @@ class BatchNorm1D(nn.BatchNorm1D):
         if self.training:
             self._update_statistics(x)
             mean, variance = mean.clone(), variance.clone()  # for F.batch_norm to update in its own way
-        return F.batch_norm(
-            x, mean, variance, self.weight, self.bias, self.training, self._momentum, self._epsilon
-        )
+        return F.batch_norm(x, mean, variance, self.weight, self.bias, self.training, self._momentum, self._epsilon)
 
     @paddle.no_grad()
     def _update_statistics(self, x: Tensor) -> None:

@@ -23,9 +23,10 @@ class Method(nn.Layer):
         raise NotImplementedError(f"{type(self).__name__} must define forward(batch, ...)")
 
     def param_groups(self) -> list[dict[str, Any]]:
-        """Trainable parameters as [{"params": regularised, "weight_decay": 1.0}, {"params": rest, "weight_decay": 0.0}].
+        """Trainable parameters: [{"params": regularised, "weight_decay": 1.0}, {"params": rest, "weight_decay": 0.0}].
 
-        Not regularised are biases and 1-D parameters, as in the official code. weight_decay multiplies the scheduled value.
+        Not regularised are biases and 1-D parameters, as in the official code. weight_decay is a factor on the
+        scheduled value.
         """
         groups: dict[float, list[Tensor]] = {1.0: [], 0.0: []}
         for name, parameter in self.named_parameters():

@@ -18,9 +18,7 @@ class LinearClassifier(nn.Layer):
 
     def __init__(self, in_dim: int, num_classes: int) -> None:
         super().__init__()
-        self.linear = nn.Linear(
-            in_dim, num_classes, weight_attr=nn.initializer.Normal(std=0.01), bias_attr=ZERO
-        )
+        self.linear = nn.Linear(in_dim, num_classes, weight_attr=nn.initializer.Normal(std=0.01), bias_attr=ZERO)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.linear(x)

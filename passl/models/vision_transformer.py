@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Literal
 
 import numpy as np
@@ -10,7 +9,8 @@ import paddle
 import paddle.nn.functional as F
 from paddle import Tensor, nn
 
-from passl.models.layers import NORMAL_002, DropPath, Mlp, linear, torch_uniform
+from passl.models.functional import patch_embed
+from passl.models.layers import NORMAL_002, DropPath, LayerNorm, Linear, Mlp, torch_uniform
 from passl.registry import BACKBONES
 
 
@@ -23,22 +23,21 @@ class Attention(nn.Layer):
             raise ValueError(f"embed_dim ({dim}) must be a multiple of num_heads ({num_heads})")
         self.num_heads = num_heads
         self.scale = (dim // num_heads) ** -0.5
-        self.qkv = linear(dim, 3 * dim, bias=qkv_bias)
-        self.proj = linear(dim, dim)
+        self.qkv = Linear(dim, 3 * dim, bias=qkv_bias)
+        self.proj = Linear(dim, dim)
 
-    def _query_key_value(self, x: Tensor) -> Tensor:
-        """[B, N, D] -> [3, B, heads, N, D/heads]"""
-        batch, length, dim = x.shape
-        qkv = self.qkv(x).reshape([batch, length, 3, self.num_heads, dim // self.num_heads])
-        return qkv.transpose([2, 0, 3, 1, 4])
+    def _query_key_value(self, x: Tensor) -> list[Tensor]:
+        """[B, N, D] -> three of [B, heads, N, D/heads]"""
+        shape = [-1, x.shape[1], self.num_heads, x.shape[2] // self.num_heads]
+        return [part.reshape(shape).transpose([0, 2, 1, 3]) for part in self.qkv(x).split(3, axis=-1)]
 
     def attention(self, x: Tensor) -> Tensor:
         """The attention weights: [B, N, D] -> [B, heads, N, N]."""
-        query, key, _ = self._query_key_value(x).unbind(0)
+        query, key, _ = self._query_key_value(x)
         return F.softmax(paddle.matmul(query * self.scale, key, transpose_y=True), axis=-1)
 
     def forward(self, x: Tensor) -> Tensor:
-        query, key, value = self._query_key_value(x).unbind(0)
+        query, key, value = self._query_key_value(x)
         weights = F.softmax(paddle.matmul(query * self.scale, key, transpose_y=True), axis=-1)
         mixed = paddle.matmul(weights, value).transpose([0, 2, 1, 3]).reshape(x.shape)
         return self.proj(mixed)
@@ -57,9 +56,9 @@ class Block(nn.Layer):
         epsilon: float = 1e-6,
     ) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, epsilon=epsilon)
+        self.norm1 = LayerNorm(dim, epsilon=epsilon)
         self.attn = Attention(dim, num_heads, qkv_bias)
-        self.norm2 = nn.LayerNorm(dim, epsilon=epsilon)
+        self.norm2 = LayerNorm(dim, epsilon=epsilon)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
         self.drop_path = DropPath(drop_path_rate)
 
@@ -86,7 +85,7 @@ class PatchEmbed(nn.Layer):
             raise ValueError(
                 f"image height and width ({height} x {width}) must be multiples of patch_size ({self.patch_size})"
             )
-        return self.proj(images).flatten(2).transpose([0, 2, 1])
+        return patch_embed(images, self.proj.weight, self.proj.bias)
 
 
 @BACKBONES.register()
@@ -121,16 +120,14 @@ class VisionTransformer(nn.Layer):
         self._grid_side = img_size // patch_size
         self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim)
         self.cls_token = self.create_parameter([1, 1, embed_dim], default_initializer=NORMAL_002)
-        self.pos_embed = self.create_parameter(
-            [1, 1 + self._grid_side**2, embed_dim], default_initializer=NORMAL_002
-        )
+        self.pos_embed = self.create_parameter([1, 1 + self._grid_side**2, embed_dim], default_initializer=NORMAL_002)
         self.blocks = nn.LayerList(
             [
                 Block(embed_dim, num_heads, mlp_ratio, qkv_bias, rate, epsilon)
                 for rate in np.linspace(0.0, drop_path_rate, depth).tolist()
             ]
         )
-        self.norm = nn.LayerNorm(embed_dim, epsilon=epsilon)
+        self.norm = LayerNorm(embed_dim, epsilon=epsilon)
 
     def forward(self, images: Tensor) -> Tensor:
         """The normalised [CLS] token: [B, C, H, W] -> [B, D]. H and W must be multiples of the patch size."""

@@ -68,7 +68,14 @@ def test_resume_of_a_prefix_and_its_errors(folder, uninterrupted):
     gone = train(folder, "other", "-o", f"Global.checkpoint={folder}/nothing/latest")
     assert gone.returncode == 1
     assert "nothing/latest.pdstates" in gone.stderr
-    other_batch = train(folder, "other", "-o", f"Global.checkpoint={uninterrupted}", "-o", "DataLoader.Train.sampler.batch_size=5")
+    other_batch = train(
+        folder,
+        "other",
+        "-o",
+        f"Global.checkpoint={uninterrupted}",
+        "-o",
+        "DataLoader.Train.sampler.batch_size=5",
+    )
     assert other_batch.returncode == 1
     assert "saved with" in other_batch.stderr
     done = train(folder, "other", "-o", f"Global.checkpoint={uninterrupted}")

@@ -1,11 +1,12 @@
-"""Training, step by step, against recorded runs of the official trainer: the decisive test of method, engine and optimizers."""
+"""Training, step by step, against recorded runs of the official trainer: the decisive test of method, engine and
+optimizers.
+"""
 
 from __future__ import annotations
 
 import json
 
 import numpy as np
-import paddle
 import pytest
 
 from passl.engine.optim import LARS, AdamW, Momentum
@@ -145,7 +146,9 @@ def run_and_compare(reference, variant, dtype):
     rows = recorder.rows
     for key in ("lr", "teacher_temp"):
         np.testing.assert_allclose([r[key] for r in rows], recorded[key], rtol=1e-12, atol=1e-15, err_msg=key)
-    np.testing.assert_allclose([r["wd"] for r in rows], np.stack([recorded["wd"], recorded["wd_group1"]], 1), rtol=1e-12)
+    np.testing.assert_allclose(
+        [r["wd"] for r in rows], np.stack([recorded["wd"], recorded["wd_group1"]], 1), rtol=1e-12
+    )
     np.testing.assert_allclose([r["teacher_momentum"] for r in rows], recorded["momentum_schedule"], rtol=1e-12)
     assert_close([r["loss"] for r in rows], recorded["loss"], tolerance["loss"], "loss")
     assert_close(np.stack([r["center"] for r in rows]), recorded["center_after"], tolerance["center"], "center")

@@ -1,4 +1,6 @@
-"""A tiny DINO run for the tests of the engine: images, configurations, and ways to run them in a process of their own."""
+"""A tiny DINO run for the tests of the engine: images, configurations, and ways to run them in a process of their
+own.
+"""
 
 from __future__ import annotations
 
@@ -28,10 +30,13 @@ LogHook.after_step = kill
 """
 
 PRETRAIN = """
-Global: {{output_dir: {folder}/out, device: cpu, epochs: 3, print_batch_step: 1, seed: 3, save_interval: 2it, use_visualdl: false}}
+Global:
+  {{output_dir: {folder}/out, device: cpu, epochs: 3, seed: 3, save_interval: 2it, print_batch_step: 1,
+    use_visualdl: false}}
 Model:
   name: DINO
-  backbone: {{name: VisionTransformer, img_size: 16, patch_size: 8, embed_dim: 12, depth: 2, num_heads: 2, drop_path_rate: 0.2}}
+  backbone:
+    {{name: VisionTransformer, img_size: 16, patch_size: 8, embed_dim: 12, depth: 2, num_heads: 2, drop_path_rate: 0.2}}
   head: {{name: DINOHead, out_dim: 20, hidden_dim: 12, bottleneck_dim: 8, norm_last_layer: false}}
 Schedules:
   lr: {{name: Cosine, base: 0.05, final: 1e-5, warmup: 1ep, reference_batch_size: 256}}
@@ -60,11 +65,18 @@ Schedules:
 Optimizer: {{name: Momentum}}
 DataLoader:
   Train:
-    dataset: {{name: ImageFolder, root: {folder}/train, transform: [RandomResizedCrop: {{size: 16}}, RandomHorizontalFlip: , ToTensor: , Normalize: ]}}
+    dataset:
+      name: ImageFolder
+      root: {folder}/train
+      transform: [RandomResizedCrop: {{size: 16}}, RandomHorizontalFlip: {{}}, ToTensor: {{}}, Normalize: {{}}]
     sampler: {{batch_size: 5, drop_last: false}}
     loader: {{num_workers: 0}}
   Eval:
-    dataset: {{name: ImageFolder, root: {folder}/val, transform: &eval [Resize: {{size: 18, interpolation: bicubic}}, CenterCrop: {{size: 16}}, ToTensor: , Normalize: ]}}
+    dataset:
+      name: ImageFolder
+      root: {folder}/val
+      transform: &eval
+        [Resize: {{size: 18, interpolation: bicubic}}, CenterCrop: {{size: 16}}, ToTensor: {{}}, Normalize: {{}}]
     sampler: {{batch_size: 4}}
     loader: {{num_workers: 0}}
 Evaluators:
@@ -90,14 +102,16 @@ def write_images(folder: Path, classes: int = 3, train: int = 5, val: int = 3, s
 
 def write_config(folder: Path, text: str, name: str) -> Path:
     path = folder / name
-    path.write_text(text.format(folder=folder).replace(": ,", ": {},").replace(": ]", ": {}]"))
+    path.write_text(text.format(folder=folder))
     return path
 
 
 def run(code: str, *arguments: str, cwd: Optional[Path] = None, **environment: str) -> subprocess.CompletedProcess:
     """`python -c code arguments` in a process of its own."""
     command = [sys.executable, "-c", code, *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, env=process_environment(**environment), capture_output=True, text=True, timeout=300)
+    return subprocess.run(
+        command, cwd=cwd, env=process_environment(**environment), capture_output=True, text=True, timeout=300
+    )
 
 
 def process_environment(**more: str) -> dict[str, str]:

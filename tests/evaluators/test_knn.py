@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from passl.evaluators import knn_classify
 from passl.evaluators import knn as knn_module
+from passl.evaluators import knn_classify
 from passl.evaluators.classification import accuracy
 
 
@@ -82,6 +82,10 @@ def test_more_neighbours_than_images_and_a_single_test_image():
     ],
 )
 def test_wrong_arguments(change, text):
-    arguments = {"train": np.eye(3, dtype=np.float32), "train_labels": np.array([0, 1, 1]), "test": np.eye(3, dtype=np.float32)}
+    arguments = {
+        "train": np.eye(3, dtype=np.float32),
+        "train_labels": np.array([0, 1, 1]),
+        "test": np.eye(3, dtype=np.float32),
+    }
     with pytest.raises(ValueError, match=text):
         knn_classify(**{**arguments, **change})

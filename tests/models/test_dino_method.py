@@ -52,14 +52,15 @@ def test_first_step_in_float64(reference, float64):
     for variant in variants(reference):
         method, recorded = recorded_method(reference, variant, "f64")
         batch = recorded_batch(reference, recorded["order"][0], "float64")
-        outputs = {}
-        for name in ("student", "teacher"):
-            network = getattr(method, name)
-            network.register_forward_post_hook(lambda _, __, output, name=name: outputs.update({name: output.numpy()}))
+        outputs = {"student": [], "teacher": []}
+        for name, kept in outputs.items():
+            getattr(method, name).register_forward_post_hook(
+                lambda _, __, output, kept=kept: kept.append(output.numpy())
+            )
         loss = method(batch, teacher_temp=float(recorded["teacher_temp"][0]))["loss"]
         loss.backward()
         assert_close(loss.item(), recorded["loss"][0], 1e-10, f"{variant} loss")
-        for name, output in outputs.items():
+        for name, (output,) in outputs.items():
             if f"step0/{name}_output" in recorded:
                 assert_close(output, recorded[f"step0/{name}_output"], 1e-10, f"{variant} {name}")
         check_gradients(method, recorded, variant)

@@ -12,6 +12,7 @@ from passl.registry import BACKBONES
 from tests.models.weights import assert_close, generated_state, load, load_refgen, to_torch
 from tests.torch_files import load_torch_zip
 
+
 def images(recorded: np.ndarray) -> paddle.Tensor:
     """Recorded bytes are exact images by this rule (README of the recordings)."""
     return paddle.to_tensor(recorded.astype(paddle.get_default_dtype()) * 2.0**-6 - 2.0)
@@ -73,7 +74,7 @@ def test_position_encoding(reference):
         prefix = base[: -len("pos_embed")]
         patch_size = int(prefix.split("/")[0][1:])
         pos_embed = recorded[base]
-        side = int(round((pos_embed.shape[1] - 1) ** 0.5))
+        side = round((pos_embed.shape[1] - 1) ** 0.5)
         for key in recorded.files:
             size = key[len(prefix) :]
             if key.startswith(prefix) and size[0].isdigit():
@@ -100,7 +101,8 @@ def test_position_encoding_is_differentiable():
     model = VisionTransformer(32, 8, 1, embed_dim=4, depth=0, num_heads=1)
     model.interpolate_pos_encoding(16, 40).sum().backward()
     gradient = model.pos_embed.grad.numpy()
-    assert np.allclose(gradient[0, 0], 1.0) and np.allclose(gradient[0, 1:].sum(0), 2 * 5, atol=1e-4)
+    assert_close(gradient[0, 0], np.ones(4), 1e-6)
+    assert_close(gradient[0, 1:].sum(0), np.full(4, 2.0 * 5.0), 1e-4)
 
 
 def test_size_mode_agrees_with_clemsgrs(reference):
@@ -111,7 +113,7 @@ def test_size_mode_agrees_with_clemsgrs(reference):
     arch = {key: config[key] for key in ("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio")}
     recorded = np.load(reference / "hipt_models.npz")
     state = load_torch_zip(reference / "hipt_patch_backbone.pth")
-    side = int(round((state["pos_embed"].shape[1] - 1) ** 0.5))
+    side = round((state["pos_embed"].shape[1] - 1) ** 0.5)
     model = VisionTransformer(img_size=side * arch["patch_size"], pos_embed_mode="size", **arch)
     load(model, state)
     model.eval()
@@ -126,7 +128,7 @@ def test_size_mode_agrees_with_clemsgrs(reference):
 
 
 def full_size_keys(recorded, small: bool) -> list:
-    """(key, builder's name, patch size, height, width) of the recordings that are small enough for CI, or of the rest."""
+    """(key, builder, patch size, height, width) of the recordings that are small enough for CI, or of the rest."""
     found = []
     for key in recorded.files:
         match = re.fullmatch(r"(vit_[a-z]+)(\d+)/(\d+)x(\d+)", key)
@@ -200,13 +202,14 @@ def test_number_of_layers_must_exist():
 
 
 def test_drop_path():
-    """Whole samples are dropped, the kept ones are scaled up, the ramp over the blocks starts at 0, eval drops nothing."""
+    """Whole samples are dropped, the kept ones scaled up; the ramp over the blocks starts at 0; eval drops nothing."""
     model = VisionTransformer(16, 8, embed_dim=4, depth=3, num_heads=1, drop_path_rate=0.4)
     assert np.allclose([block.drop_path.rate for block in model.blocks], [0.0, 0.2, 0.4])
     drop_path = model.blocks[2].drop_path
     paddle.seed(0)
     rows = drop_path(paddle.ones([2000, 3])).numpy()
-    assert (rows == rows[:, :1]).all() and np.allclose(np.unique(rows), [0.0, 1 / 0.6])
+    assert (rows == rows[:, :1]).all()
+    assert np.allclose(np.unique(rows), [0.0, 1 / 0.6])
     assert abs((rows[:, 0] > 0).mean() - 0.6) < 5 * (0.24 / 2000) ** 0.5
     drop_path.eval()
     assert (drop_path(paddle.ones([8, 3])).numpy() == 1.0).all()

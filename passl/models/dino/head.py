@@ -6,7 +6,8 @@ import paddle
 import paddle.nn.functional as F
 from paddle import Tensor, nn
 
-from passl.models.layers import ONE, BatchNorm1D, linear, torch_uniform
+from passl.models.functional import sum_rows
+from passl.models.layers import ONE, BatchNorm1D, Linear, torch_uniform
 from passl.registry import HEADS
 
 
@@ -24,8 +25,9 @@ class WeightNormLinear(nn.Layer):
 
     def forward(self, x: Tensor) -> Tensor:
         # Scaling the [B, K] product is far cheaper than normalising the [in_dim, K] matrix.
-        length = paddle.sqrt(paddle.sum(self.weight_v * self.weight_v, axis=0))
-        return paddle.matmul(x, self.weight_v) * (self.weight_g / length)
+        product = paddle.matmul(x, self.weight_v)
+        length = paddle.sqrt(sum_rows(self.weight_v * self.weight_v))
+        return product * (self.weight_g / length).astype(product.dtype)
 
 
 @HEADS.register()
@@ -50,15 +52,15 @@ class DINOHead(nn.Layer):
             raise ValueError(f"num_layers ({num_layers}) must be at least 1")
         self.out_dim = out_dim
         if num_layers == 1:
-            self.mlp = linear(in_dim, bottleneck_dim)
+            self.mlp = Linear(in_dim, bottleneck_dim)
         else:
             layers: list[nn.Layer] = []
             for dim in [in_dim] + [hidden_dim] * (num_layers - 2):
-                layers.append(linear(dim, hidden_dim))
+                layers.append(Linear(dim, hidden_dim))
                 if use_bn:
                     layers.append(BatchNorm1D(hidden_dim))
                 layers.append(nn.GELU())
-            layers.append(linear(hidden_dim, bottleneck_dim))
+            layers.append(Linear(hidden_dim, bottleneck_dim))
             self.mlp = nn.Sequential(*layers)
         self.last_layer = WeightNormLinear(bottleneck_dim, out_dim, trainable_gain=not norm_last_layer)
 

@@ -7,6 +7,7 @@ import paddle.nn.functional as F
 from paddle import Tensor, nn
 
 from passl.distributed import all_reduce_sum_
+from passl.models.functional import cross_entropy
 
 
 class DINOLoss(nn.Layer):
@@ -26,23 +27,22 @@ class DINOLoss(nn.Layer):
 
     def forward(self, student_logits: Tensor, teacher_logits: Tensor, teacher_temp: float) -> Tensor:
         """student_logits: [V*B, K], the two global views first; teacher_logits: [2*B, K] -> scalar."""
-        batch, views = _batch_and_views(student_logits.shape[0], teacher_logits.shape[0])
-        teacher_logits = teacher_logits.detach().astype(self.center.dtype)
+        views = _num_views(student_logits.shape[0], teacher_logits.shape[0])
+        dtype = self.center.dtype  # full precision, also of half-precision logits
+        student_logits, teacher_logits = student_logits.astype(dtype), teacher_logits.detach().astype(dtype)
         if self.training:
             self._accumulate(teacher_logits)
-        first, second = paddle.split(F.softmax((teacher_logits - self.center) / teacher_temp, axis=-1), 2)
-        # Each student view meets the teacher views other than itself: view 0 the second, view 1 the first, the
-        # rest both. Their targets can be summed, so that one pass over the student's logits is enough.
-        targets = paddle.concat([second, first] + [first + second] * (views - 2))
-        num_targets = paddle.concat([paddle.ones([2 * batch]), paddle.full([(views - 2) * batch], 2.0)])
-        logits = student_logits.astype(self.center.dtype) / self.student_temp
-        # sum(-t * log_softmax(s)) = sum(t) * logsumexp(s) - t.s; Paddle's own CPU log_softmax clamps at -64.
-        pair_sums = num_targets * paddle.logsumexp(logits, axis=-1) - paddle.sum(targets * logits, axis=-1)
-        return paddle.sum(pair_sums) / (batch * (2 * views - 2))
+        with paddle.amp.auto_cast(enable=False):
+            first, second = F.softmax((teacher_logits - self.center) / teacher_temp, axis=-1).chunk(2)
+            # Each student view meets the teacher views other than itself: view 0 the second, view 1 the first, the
+            # rest both. Cross-entropy is linear in its targets: theirs are summed, and each view is met once.
+            targets = paddle.concat([second, first] + [first + second] * (views - 2))
+            num_pairs = 2 * views - 2
+            return cross_entropy(student_logits / self.student_temp, targets).sum() / (num_pairs * first.shape[0])
 
     @paddle.no_grad()
     def _accumulate(self, teacher_logits: Tensor) -> None:
-        total = paddle.sum(teacher_logits, axis=0)
+        total = teacher_logits.sum(0)
         self._teacher_sum = total if self._teacher_sum is None else self._teacher_sum + total
         self._teacher_rows += teacher_logits.shape[0]
 
@@ -59,11 +59,11 @@ class DINOLoss(nn.Layer):
         self._teacher_rows = 0
 
 
-def _batch_and_views(student_rows: int, teacher_rows: int) -> tuple[int, int]:
+def _num_views(student_rows: int, teacher_rows: int) -> int:
     batch = teacher_rows // 2
     if batch == 0 or teacher_rows % 2 or student_rows < teacher_rows or student_rows % batch:
         raise ValueError(
             f"student_logits has {student_rows} rows and teacher_logits {teacher_rows}: "
             "expected V*B and 2*B, for B images and V >= 2 views"
         )
-    return batch, student_rows // batch
+    return student_rows // batch

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from typing import Callable, Sequence
+from collections.abc import Sequence
+from typing import Callable
 
 import paddle
 from paddle import Tensor, nn
@@ -87,7 +88,7 @@ class DINO(Method):
         return [self.student]
 
     def forward(self, batch: dict[str, Tensor], teacher_temp: float) -> dict[str, Tensor]:
-        """batch: "global_crops" [2*B, C, H, W] and, unless there are none, "local_crops" [n*B, C, h, w], view by view."""
+        """batch: "global_crops" [2*B, C, H, W] and, if there are any, "local_crops" [n*B, C, h, w], view by view."""
         global_crops = batch["global_crops"]
         crops = [global_crops] + ([batch["local_crops"]] if "local_crops" in batch else [])
         with paddle.no_grad():
@@ -107,4 +108,6 @@ class DINO(Method):
         """Updates the centre, and moves the teacher's parameters (not its buffers) towards the student's."""
         self.dino_loss.update_center()
         for teacher, student in zip(learned_parameters(self.teacher), learned_parameters(self.student)):
-            teacher.lerp_(student, 1.0 - teacher_momentum)
+            # Half-precision students exist; their teacher stays in full precision, or small steps would round to none.
+            target = student if student.dtype == teacher.dtype else student.astype(teacher.dtype)
+            teacher.lerp_(target, 1.0 - teacher_momentum)

@@ -1,0 +1,89 @@
+"""The operations made for CPUs have the right values and gradients."""
+
+import numpy as np
+import paddle
+import paddle.nn.functional as F
+import pytest
+
+from passl.models import VisionTransformer, functional
+from tests.models.weights import assert_close
+
+
+def check(ours, theirs, shapes, trainable=None, tolerance=1e-10) -> None:
+    """Equal outputs and equal gradients, for the inputs that have one."""
+    rng = np.random.default_rng(0)
+    values = [rng.normal(size=shape) for shape in shapes]
+    trainable = [True] * len(shapes) if trainable is None else trainable
+    results = []
+    for function in (ours, theirs):
+        inputs = [paddle.to_tensor(v, stop_gradient=not needs) for v, needs in zip(values, trainable)]
+        output = function(*inputs)
+        cotangent = np.cos(np.arange(np.prod(output.shape))).reshape(output.shape)
+        (output * paddle.to_tensor(cotangent)).sum().backward()
+        results.append([output.detach()] + [x.grad for x in inputs])
+    for index, (our, their) in enumerate(zip(*results)):
+        assert (our is None) == (their is None), index
+        if our is not None:
+            assert_close(our, their, tolerance, str(index))
+
+
+@pytest.mark.parametrize("shape", [[7, 5], [2, 3, 5]])
+@pytest.mark.parametrize("trainable", [(1, 1, 1), (0, 1, 1), (1, 0, 0), (1, 1, 0), (1, 0, 1)])
+def test_linear(shape, trainable):
+    check(functional.linear, F.linear, [shape, [5, 4], [4]], [bool(flag) for flag in trainable])
+
+
+def test_linear_without_bias():
+    check(lambda x, w: functional.linear(x, w, None), F.linear, [[2, 3, 5], [5, 4]])
+
+
+@pytest.mark.parametrize("shape", [[7, 6], [2, 3, 6]])
+@pytest.mark.parametrize("trainable", [(1, 1, 1), (0, 1, 1), (1, 0, 0)])
+@pytest.mark.parametrize(("scale", "offset"), [(1.0, 0.0), (1e-3, 0.0), (1.0, 50.0)])
+def test_layer_norm(shape, trainable, scale, offset):
+    """Against the formula: with a frozen weight Paddle's own kernel leaves the weight out of the gradient of x."""
+    epsilon = 2.0**-18  # Paddle rounds it to float32
+
+    def formula(x, weight, bias):
+        centered = x - x.mean(-1, keepdim=True)
+        return centered / paddle.sqrt((centered * centered).mean(-1, keepdim=True) + epsilon) * weight + bias
+
+    check(
+        lambda x, w, b: functional.layer_norm(x * scale + offset, w, b, epsilon),
+        lambda x, w, b: formula(x * scale + offset, w, b),
+        [shape, shape[-1:], shape[-1:]],
+        [bool(flag) for flag in trainable],
+    )
+
+
+def test_patch_embed():
+    check(
+        functional.patch_embed,
+        lambda x, w, b: F.conv2d(x, w, b, stride=4).flatten(2).transpose([0, 2, 1]),
+        [[2, 3, 8, 12], [5, 3, 4, 4], [5]],
+    )
+
+
+def test_cross_entropy():
+    targets = F.softmax(paddle.to_tensor(np.random.default_rng(1).normal(size=[4, 9])), axis=-1) * 2.0
+    check(
+        lambda x: functional.cross_entropy(x, targets),
+        lambda x: -(targets * (x - paddle.logsumexp(x, -1, keepdim=True))).sum(-1),
+        [[4, 9]],
+    )
+
+
+def test_sums():
+    check(functional.sum_rows, lambda x: x.sum(0), [[4, 9]])
+    check(functional.sum_columns, lambda x: x.sum(1, keepdim=True), [[4, 9]])
+
+
+def test_networks_can_be_exported(tmp_path):
+    """Traced programs hold Paddle's own operations, and any number of images."""
+    model = VisionTransformer(16, 8, embed_dim=6, depth=2, num_heads=2)
+    model.eval()
+    images = paddle.static.InputSpec([None, 3, 16, 24])
+    paddle.jit.save(model, str(tmp_path / "model"), input_spec=[images])
+    loaded = paddle.jit.load(str(tmp_path / "model"))
+    x = paddle.randn([3, 3, 16, 24])
+    assert_close(loaded(x).detach(), model(x).detach(), 1e-6)
