@@ -1,7 +1,9 @@
 """A small labelled data set of drawn shapes, for trying everything without a download.
 
-The class is the shape alone. Colours, textures, place, size, rotation and clutter are drawn independently of
-it, so that pictures of one class have few pixels in common and nearest neighbours in pixel space say little.
+A picture holds several copies of one shape, and the class is that shape alone. Colours, textures, places, sizes,
+rotations and clutter are drawn independently of it and anew for each copy: pictures of one class have few pixels in
+common, so nearest neighbours in pixel space say little, and two crops of one picture have little but the shape in common,
+so that is what there is to learn without labels.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 _MARKER = "demo.json"
-_DRAWING_VERSION = 1  # To be raised when the same settings give other pictures.
+_DRAWING_VERSION = 2  # To be raised when the same settings give other pictures.
 _SUPERSAMPLING = 4
 # Between the shape and what is behind it, of 441 at most: every shape is to be visible.
 _MIN_COLOR_DISTANCE = 110
@@ -75,6 +77,7 @@ class DemoSettings:
     num_val_per_class: int
     size: int
     seed: int
+    copies: int
     clutter: float
     min_size: float
     max_size: float
@@ -85,6 +88,8 @@ class DemoSettings:
             raise ValueError(f"the numbers of pictures must be positive, size at least 8, seed at least 0: {self}")
         if not 0 < self.min_size <= self.max_size <= 1:
             raise ValueError(f"sizes must satisfy 0 < min_size <= max_size <= 1: {self}")
+        if self.copies < 1:
+            raise ValueError(f"copies must be at least 1: {self}")
         if not (0 <= self.clutter <= 1 and 0 <= self.rotation <= 180):
             raise ValueError(f"clutter must be in 0..1 and rotation in 0..180: {self}")
 
@@ -95,9 +100,10 @@ def make_demo(
     num_val_per_class: int = 100,
     size: int = 32,
     seed: int = 0,
+    copies: int = 4,
     clutter: float = 0.5,
-    min_size: float = 0.5,
-    max_size: float = 0.8,
+    min_size: float = 0.36,
+    max_size: float = 0.5,
     rotation: float = 45.0,
     progress: Optional[Callable[[int, int], None]] = None,
 ) -> int:
@@ -108,6 +114,7 @@ def make_demo(
 
     Args:
         size: side of the square pictures in pixels.
+        copies: of the shape in a picture.
         clutter: 0 (plain colours) to 1 (strong textures, many strokes and blobs, noise).
         min_size, max_size: diameter of the shapes as a share of the side.
         rotation: largest rotation to either side, in degrees.
@@ -117,7 +124,9 @@ def make_demo(
         FileExistsError: `out` contains something else, or a demo set with other settings.
         ValueError: an argument is out of range.
     """
-    settings = DemoSettings(num_train_per_class, num_val_per_class, size, seed, clutter, min_size, max_size, rotation)
+    settings = DemoSettings(
+        num_train_per_class, num_val_per_class, size, seed, copies, clutter, min_size, max_size, rotation
+    )
     out = Path(out)
     if _is_complete(out, settings):
         return 0
@@ -169,23 +178,36 @@ def _described(settings: DemoSettings) -> dict[str, float]:
 def draw_picture(shape: str, settings: DemoSettings, rng: np.random.Generator) -> Image.Image:
     """One RGB picture of `shape`, a name in SHAPES; everything else about it is drawn from `rng`."""
     contrast = 40 * settings.clutter
-    behind = rng.integers(0, 256, 3)
-    background = _with_clutter(_texture(settings.size, behind, contrast, rng), settings.clutter, rng)
-    foreground = _texture(settings.size, _distant_color(behind, rng), contrast, rng)
-    picture = Image.composite(foreground, background, _mask(shape, settings, rng))
+    picture = _with_clutter(_patchwork(settings.size, rng), settings.clutter, rng)
+    cells = math.ceil(math.sqrt(settings.copies))
+    for cell in rng.permutation(cells * cells)[: settings.copies]:
+        radius = rng.uniform(settings.min_size, settings.max_size) / 2
+        # Somewhere in its cell of a grid, so that copies overlap little, and inside the picture.
+        center = np.clip((np.array(divmod(cell, cells)) + rng.uniform(0.2, 0.8, 2)) / cells, radius, 1 - radius)
+        row, column = (center * settings.size).astype(int)
+        behind = np.asarray(picture)[row - 2 : row + 3, column - 2 : column + 3].mean((0, 1))
+        foreground = _texture(settings.size, _distant_color(behind, rng), contrast, rng)
+        picture = Image.composite(foreground, picture, _mask(shape, settings, center, radius, rng))
     noise = rng.normal(0, contrast / 5, (settings.size, settings.size, 3))
     return _to_image(np.asarray(picture) + noise)
+
+
+def _patchwork(size: int, rng: np.random.Generator) -> Image.Image:
+    """Soft patches of muted colours: none is that of the whole picture, and the shapes stand out."""
+    return _to_image(rng.uniform(70, 185, (4, 4, 3))).resize((size, size), Image.Resampling.BICUBIC)
 
 
 def _to_image(values: np.ndarray) -> Image.Image:
     return Image.fromarray(np.clip(values, 0, 255).astype(np.uint8))
 
 
-def _mask(shape: str, settings: DemoSettings, rng: np.random.Generator) -> Image.Image:
-    """Where the shape is, antialiased: mode L, 255 inside."""
+def _mask(
+    shape: str, settings: DemoSettings, center: np.ndarray, radius: float, rng: np.random.Generator
+) -> Image.Image:
+    """Where the shape is, antialiased: mode L, 255 inside. Center (row, column) and radius are shares of the side."""
     side = settings.size * _SUPERSAMPLING
-    radius = side * rng.uniform(settings.min_size, settings.max_size) / 2
-    center_x, center_y = rng.uniform(radius, side - radius, 2)
+    radius = radius * side
+    center_y, center_x = center * side
     angle = math.radians(rng.uniform(-settings.rotation, settings.rotation))
     stretch_x, stretch_y = rng.uniform(0.85, 1.0, 2)
     cosine, sine = radius * math.cos(angle), radius * math.sin(angle)

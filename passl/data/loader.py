@@ -114,6 +114,8 @@ class Loader:
         num_workers: 0 loads in this process; so does any number on systems other than Linux, where Paddle has
             no workers.
         prefetch_factor: batches that each worker prepares in advance.
+        use_shared_memory: False sends batches through pipes, for machines with a small /dev/shm; a worker that is
+            killed is then not noticed.
     """
 
     def __init__(
@@ -123,6 +125,7 @@ class Loader:
         num_workers: int = 0,
         seed: int = 0,
         prefetch_factor: int = 2,
+        use_shared_memory: bool = True,
     ) -> None:
         if num_workers < 0 or prefetch_factor < 1:
             raise ValueError(
@@ -133,6 +136,7 @@ class Loader:
         self.num_workers = num_workers
         self.seed = seed
         self.prefetch_factor = prefetch_factor
+        self.use_shared_memory = use_shared_memory
         self._reason_of_bad_path: dict[str, str] = {}
 
     @property
@@ -170,7 +174,9 @@ class Loader:
         # Imported here: it imports Paddle, which this package otherwise does without.
         from passl.data import workers
 
-        return workers.load(self.dataset, batches, self.seed, self.num_workers, self.prefetch_factor)
+        return workers.load(
+            self.dataset, batches, self.seed, self.num_workers, self.prefetch_factor, self.use_shared_memory
+        )
 
     def _note_bad_samples(self, loaded: LoadedBatch) -> None:
         limit = self.dataset.max_bad_samples

@@ -37,6 +37,7 @@ def load(
     seed: int,
     num_workers: int,
     prefetch_factor: int,
+    use_shared_memory: bool,
 ) -> Iterator[LoadedBatch]:
     """`load_batch` of each of `batches`, in order, by `num_workers` processes; arrays become Paddle tensors.
 
@@ -51,6 +52,7 @@ def load(
         collate_fn=_only,
         num_workers=num_workers,
         prefetch_factor=prefetch_factor,
+        use_shared_memory=use_shared_memory,
         worker_init_fn=functools.partial(_prepare_worker, os.getpid()),
     )
     iterator = _started(loader)

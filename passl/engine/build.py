@@ -90,7 +90,13 @@ def train_loader(config: Config, seed: int) -> Loader:
         )
     except ValueError as error:
         raise ConfigError([f"DataLoader.Train.sampler: {error}"]) from error
-    return Loader(dataset, sampler, num_workers=loading.num_workers, seed=seed)
+    return Loader(
+        dataset,
+        sampler,
+        num_workers=loading.num_workers,
+        seed=seed,
+        use_shared_memory=loading.use_shared_memory,
+    )
 
 
 def timeline(loader: Loader, epochs: int) -> Timeline:

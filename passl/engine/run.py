@@ -52,7 +52,6 @@ def train(config: Config, source: Config) -> Trainer:
     optimizer = build.optimizer(config, method)
     store = CheckpointStore(folder, settings.max_num_latest_checkpoint)
     states = _load_start(settings, method, optimizer, store, line)
-    _open_folder(folder, source, going_on=states is not None)
     precision.prepare(method.half_precision_layers())
     if states:
         precision.load_state_dict(states["scaler"])
@@ -88,6 +87,8 @@ def train(config: Config, source: Config) -> Trainer:
     if states:
         trainer.step = states["step"]
         trainer.progress = dict(states["progress"])
+    # Only now: a mistake in the configuration must leave an earlier run where it was.
+    _open_folder(folder, source, going_on=states is not None)
     _announce(trainer, method, folder)
     trainer.fit()
     return trainer

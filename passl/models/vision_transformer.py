@@ -6,10 +6,9 @@ from typing import Literal
 
 import numpy as np
 import paddle
-import paddle.nn.functional as F
 from paddle import Tensor, nn
 
-from passl.models.functional import patch_embed
+from passl.models import functional
 from passl.models.layers import NORMAL_002, DropPath, LayerNorm, Linear, Mlp, torch_uniform
 from passl.registry import BACKBONES
 
@@ -22,25 +21,21 @@ class Attention(nn.Layer):
         if dim % num_heads:
             raise ValueError(f"embed_dim ({dim}) must be a multiple of num_heads ({num_heads})")
         self.num_heads = num_heads
-        self.scale = (dim // num_heads) ** -0.5
         self.qkv = Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = Linear(dim, dim)
 
     def _query_key_value(self, x: Tensor) -> list[Tensor]:
-        """[B, N, D] -> three of [B, heads, N, D/heads]"""
+        """[B, N, D] -> three of [B, N, heads, D/heads]"""
         shape = [-1, x.shape[1], self.num_heads, x.shape[2] // self.num_heads]
-        return [part.reshape(shape).transpose([0, 2, 1, 3]) for part in self.qkv(x).split(3, axis=-1)]
+        return [part.reshape(shape) for part in self.qkv(x).split(3, axis=-1)]
 
-    def attention(self, x: Tensor) -> Tensor:
-        """The attention weights: [B, N, D] -> [B, heads, N, N]."""
+    def weights(self, x: Tensor) -> Tensor:
+        """The attention weights alone: [B, N, D] -> [B, heads, N, N]."""
         query, key, _ = self._query_key_value(x)
-        return F.softmax(paddle.matmul(query * self.scale, key, transpose_y=True), axis=-1)
+        return functional.attention_weights(query, key)
 
     def forward(self, x: Tensor) -> Tensor:
-        query, key, value = self._query_key_value(x)
-        weights = F.softmax(paddle.matmul(query * self.scale, key, transpose_y=True), axis=-1)
-        mixed = paddle.matmul(weights, value).transpose([0, 2, 1, 3]).reshape(x.shape)
-        return self.proj(mixed)
+        return self.proj(functional.attention(*self._query_key_value(x)).reshape(x.shape))
 
 
 class Block(nn.Layer):
@@ -85,7 +80,7 @@ class PatchEmbed(nn.Layer):
             raise ValueError(
                 f"image height and width ({height} x {width}) must be multiples of patch_size ({self.patch_size})"
             )
-        return patch_embed(images, self.proj.weight, self.proj.bias)
+        return functional.patch_embed(images, self.proj.weight, self.proj.bias)
 
 
 @BACKBONES.register()
@@ -155,7 +150,7 @@ class VisionTransformer(nn.Layer):
         for block in self.blocks[:-1]:
             x = block(x)
         last = self.blocks[-1]
-        return last.attn.attention(last.norm1(x))
+        return last.attn.weights(last.norm1(x))
 
     def prepare_tokens(self, images: Tensor) -> Tensor:
         """[CLS] and patch tokens with their position embeddings: [B, C, H, W] -> [B, 1+N, D]."""

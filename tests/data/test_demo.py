@@ -84,8 +84,9 @@ def test_pixels_alone_say_little_about_the_class() -> None:
         num_val_per_class=20,
         size=32,
         seed=0,
+        copies=4,
         clutter=0.5,
-        min_size=0.5,
+        min_size=0.36,
         max_size=0.8,
         rotation=45.0,
     )

@@ -73,6 +73,16 @@ def test_cross_entropy():
     )
 
 
+@pytest.mark.parametrize("trainable", [(1, 1, 1), (1, 1, 0), (1, 0, 0), (0, 1, 1)])
+def test_weight_norm_linear(trainable):
+    check(
+        functional.weight_norm_linear,
+        lambda x, v, g: paddle.matmul(x, v / paddle.sqrt((v * v).sum(0)) * g),
+        [[4, 3], [3, 9], [9]],
+        [bool(flag) for flag in trainable],
+    )
+
+
 def test_sums():
     check(functional.sum_rows, lambda x: x.sum(0), [[4, 9]])
     check(functional.sum_columns, lambda x: x.sum(1, keepdim=True), [[4, 9]])

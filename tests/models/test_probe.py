@@ -18,8 +18,9 @@ def recorded_probe(reference, case: str, recorded) -> LinearProbe:
     state = load_torch_zip(reference / "linear_backbone_fullstyle.pth")
     state = state.get(meta["args"]["checkpoint_key"], state)
     state = {name.replace("module.", "").replace("backbone.", ""): value for name, value in state.items()}
+    img_size = meta["arch"]["patch_size"] * round((state["pos_embed"].shape[1] - 1) ** 0.5)
     probe = LinearProbe(
-        functools.partial(VisionTransformer, img_size=meta.get("img_size", 48), **meta["arch"]),
+        functools.partial(VisionTransformer, img_size, **meta["arch"]),
         num_classes=len(recorded[f"{case}/init_bias"]),
         n_last_blocks=meta["args"]["n_last_blocks"],
         avgpool=meta["args"]["avgpool_patchtokens"],
@@ -33,24 +34,52 @@ def images(recorded: np.ndarray) -> paddle.Tensor:
     return paddle.to_tensor(recorded.astype("float32") * 2.0**-6 - 2.0)
 
 
+def cases(recorded) -> list:
+    found = sorted({key.split("/")[0] for key in recorded.files if "/" in key})
+    assert found
+    return found
+
+
 @pytest.mark.smoke
-def test_features_and_first_loss(reference):
+def test_features(reference):
     recorded = np.load(reference / "linear.npz")
-    cases = {key.split("/")[0] for key in recorded.files if "/" in key}
-    assert cases
-    for case in cases:
+    for case in cases(recorded):
         probe = recorded_probe(reference, case, recorded)
         probe.train()
         for split in ("train", "val"):
             features = probe.features(images(recorded[f"{split}_images_u8"]))
             assert_close(features, recorded[f"{case}/{split}_features"], 2e-5, f"{case} {split} features")
-        rows = recorded[f"{case}/order"][0][: int(recorded[f"{case}/batch_size"])]
-        batch = {
-            "image": images(recorded["train_images_u8"][rows]),
-            "label": paddle.to_tensor(recorded["train_labels"][rows]),
-        }
-        loss = probe(batch)["loss"].item()
-        assert_close(loss, recorded[f"{case}/loss_per_step"][0], 1e-4, f"{case} loss")
+
+
+def test_training(reference):
+    """All steps of the official run: loss, final weights, and loss and accuracies on the validation set."""
+    recorded = np.load(reference / "linear.npz")
+    for case in cases(recorded):
+        probe = recorded_probe(reference, case, recorded)
+        optimizer = paddle.optimizer.Momentum(1.0, 0.9, parameters=probe.linear.parameters())
+        losses, scores = [], []
+        for order in recorded[f"{case}/order"]:
+            size = int(recorded[f"{case}/batch_size"])
+            for start in range(0, len(order), size):
+                optimizer.set_lr(float(recorded[f"{case}/lr_per_step"][len(losses)]))
+                loss = probe(batch(recorded, "train", order[start : start + size]))["loss"]
+                loss.backward()
+                optimizer.step()
+                optimizer.clear_grad()
+                losses.append(loss.item())
+            probe.eval()
+            with paddle.no_grad():
+                outputs = probe(batch(recorded, "val", np.arange(len(recorded["val_labels"]))))
+            scores.append([outputs[name].item() if name in outputs else np.nan for name in ("loss", "top1", "top5")])
+        assert_close(losses, recorded[f"{case}/loss_per_step"], 1e-4, f"{case} loss")
+        assert_close(probe.linear.linear.weight.t(), recorded[f"{case}/final_weight"], 1e-4, f"{case} weight")
+        expected = recorded[f"{case}/val_loss_acc1_acc5_per_epoch"]
+        assert np.allclose(scores, expected, rtol=0, atol=1e-4, equal_nan=True), case
+
+
+def batch(recorded, split: str, rows: np.ndarray) -> dict:
+    labels = paddle.to_tensor(recorded[f"{split}_labels"][rows])
+    return {"image": images(recorded[f"{split}_images_u8"][rows]), "label": labels}
 
 
 def vit(**arguments) -> VisionTransformer:

@@ -18,19 +18,27 @@ def images(recorded: np.ndarray) -> paddle.Tensor:
     return paddle.to_tensor(recorded.astype(paddle.get_default_dtype()) * 2.0**-6 - 2.0)
 
 
-def recorded_model(reference, patch_size: int) -> VisionTransformer:
-    config = json.loads((reference / "vit_meta.json").read_text())[f"vit_p{patch_size}"]
-    model = VisionTransformer(img_size=224, **config)
-    load(model, load_torch_zip(reference / f"vit_p{patch_size}_backbone.pth"))
+def recorded_model(reference, patch_size: int, recorded) -> VisionTransformer:
+    config = dict(zip(recorded["cfg_names"].tolist(), recorded["cfg_values"].tolist()))
+    mlp_ratio = config.pop("mlp_ratio")
+    state = load_torch_zip(reference / f"vit_p{patch_size}_backbone.pth")
+    sizes = {name: int(value) for name, value in config.items()}
+    model = VisionTransformer(img_size_of(state, patch_size), mlp_ratio=mlp_ratio, **sizes)
+    assert list(model.state_dict()) == recorded["state_dict_names"].tolist()
+    load(model, state)
     model.eval()
     return model
+
+
+def img_size_of(state, patch_size: int) -> int:
+    return patch_size * round((state["pos_embed"].shape[1] - 1) ** 0.5)
 
 
 @pytest.mark.smoke
 @pytest.mark.parametrize("patch_size", [16, 8])
 def test_outputs_at_all_sizes(reference, patch_size):
     recorded = np.load(reference / f"vit_p{patch_size}_io.npz")
-    model = recorded_model(reference, patch_size)
+    model = recorded_model(reference, patch_size, recorded)
     sizes = [key.split("/")[0] for key in recorded.files if key.endswith("/input_u8")]
     assert sizes
     for size in sizes:
@@ -58,7 +66,7 @@ def test_outputs_at_all_sizes(reference, patch_size):
 @pytest.mark.parametrize("patch_size", [16, 8])
 def test_outputs_in_float64(reference, float64, patch_size):
     recorded = np.load(reference / f"vit_p{patch_size}_io.npz")
-    model = recorded_model(reference, patch_size)
+    model = recorded_model(reference, patch_size, recorded)
     for key in [key for key in recorded.files if key.endswith("/forward_f64")]:
         with paddle.no_grad():
             output = model(images(recorded[key.replace("forward_f64", "input_u8")]))
@@ -113,8 +121,7 @@ def test_size_mode_agrees_with_clemsgrs(reference):
     arch = {key: config[key] for key in ("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio")}
     recorded = np.load(reference / "hipt_models.npz")
     state = load_torch_zip(reference / "hipt_patch_backbone.pth")
-    side = round((state["pos_embed"].shape[1] - 1) ** 0.5)
-    model = VisionTransformer(img_size=side * arch["patch_size"], pos_embed_mode="size", **arch)
+    model = VisionTransformer(img_size_of(state, arch["patch_size"]), pos_embed_mode="size", **arch)
     load(model, state)
     model.eval()
     for key in [key for key in recorded.files if key.startswith("patch/") and key.endswith("/forward")]:
@@ -145,9 +152,8 @@ def test_full_size_builders(reference, small):
     recorded = np.load(reference / "fullsize_outputs.npz")
     salt = str(recorded["salt"])
     refgen = load_refgen(reference)
-    keys = full_size_keys(recorded, small)
-    assert keys
-    for key, name, patch_size, height, width in keys:
+    assert full_size_keys(recorded, True) + full_size_keys(recorded, False)
+    for key, name, patch_size, height, width in full_size_keys(recorded, small):
         model = BACKBONES.get(name)(patch_size=patch_size)
         load(model, generated_state(refgen, model, salt))
         model.eval()

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import paddle
 import paddle.nn.functional as F
 from paddle import Tensor, nn
 
-from passl.models.functional import sum_rows
+from passl.models.functional import weight_norm_linear
 from passl.models.layers import ONE, BatchNorm1D, Linear, torch_uniform
 from passl.registry import HEADS
 
@@ -24,10 +23,7 @@ class WeightNormLinear(nn.Layer):
         self.weight_g.stop_gradient = not trainable_gain
 
     def forward(self, x: Tensor) -> Tensor:
-        # Scaling the [B, K] product is far cheaper than normalising the [in_dim, K] matrix.
-        product = paddle.matmul(x, self.weight_v)
-        length = paddle.sqrt(sum_rows(self.weight_v * self.weight_v))
-        return product * (self.weight_g / length).astype(product.dtype)
+        return weight_norm_linear(x, self.weight_v, self.weight_g)
 
 
 @HEADS.register()

@@ -1,0 +1,183 @@
+"""The configurations that PASSL publishes run unchanged."""
+
+from __future__ import annotations
+
+import paddle
+import pytest
+
+from passl.config import ConfigError, load
+from passl.engine.run import checked
+from passl.models import vit_small
+from tests.engine import tiny
+
+# Written from PASSL's description of its keys; {numbers} are what its four files differ in.
+CONFIG = """
+Global:
+  task_type: Classification
+  train_loop: ClassificationTrainingEpochLoop
+  validate_loop: ClassificationEvaluationLoop
+  checkpoint: null
+  pretrained_model: null
+  output_dir: ./output/
+  device: gpu
+  save_interval: 2
+  max_num_latest_checkpoint: 0
+  eval_during_train: True
+  eval_interval: 2
+  eval_unit: "epoch"
+  accum_steps: 1
+  epochs: 100
+  print_batch_step: 100
+  use_visualdl: False
+  seed: 2023
+FP16:
+  level: O1
+DistributedStrategy:
+  data_parallel: True
+Model:
+  name: {name}_linearprobe
+  backbone:
+    type: {name}
+    patch_size: {patch}
+    output_dim: 0
+    n_last_blocks: {blocks}
+    avgpool_patchtokens: {avgpool}
+  {classes}: 1000
+Loss:
+  Train:
+    - CELoss:
+        weight: 1.0
+  Eval:
+    - CELoss:
+        weight: 1.0
+LRScheduler:
+    name: TimmCosine
+    learning_rate: {lr}
+    decay_unit: epoch
+    last_epoch: 0
+    warmup_epoch: 0
+Optimizer:
+  name: Momentum
+  momentum: 0.9
+  weight_decay: 0.0
+DataLoader:
+  Train:
+    dataset:
+      name: ImageFolder
+      root: ./dataset/ILSVRC2012/train
+      transform:
+        - RandomResizedCrop:
+            size: 224
+        - RandomHorizontalFlip:
+        - ToTensor:
+        - Normalize:
+            mean: [0.485, 0.456, 0.406]
+            std: [0.229, 0.224, 0.225]
+    sampler:
+      name: DistributedBatchSampler
+      batch_size: {batch}
+      drop_last: False
+      shuffle: True
+    loader:
+      num_workers: 8
+      use_shared_memory: True
+  Eval:
+    dataset:
+      name: ImageFolder
+      root: ./dataset/ILSVRC2012/val
+      transform:
+        - Resize:
+            size: 256
+            interpolation: bicubic
+        - CenterCrop:
+            size: 224
+        - ToTensor:
+        - Normalize:
+            mean: [0.485, 0.456, 0.406]
+            std: [0.229, 0.224, 0.225]
+    sampler:
+      name: DistributedBatchSampler
+      batch_size: 32
+      drop_last: False
+      shuffle: False
+    loader:
+      num_workers: 8
+      use_shared_memory: True
+Metric:
+  Train:
+    - TopkAcc:
+        topk: [1, 5]
+  Eval:
+    - TopkAcc:
+        topk: [1, 5]
+Export:
+  export_type: paddle
+  input_shape: [None, 3, 224, 224]
+"""
+SMALL = {"blocks": 4, "avgpool": "False", "lr": 0.001, "batch": 32}
+BASE = {"blocks": 1, "avgpool": "True", "lr": 0.003, "batch": 96}
+FILES = {
+    "s16": {"name": "dino_deit_small16", "patch": 16, "classes": "num_classes", **SMALL},
+    "s8": {"name": "dino_deit_small8", "patch": 8, "classes": "class_num", **SMALL},
+    "b16": {"name": "dino_vit_base16", "patch": 16, "classes": "class_num", **BASE},
+    "b8": {"name": "dino_vit_base8", "patch": 8, "classes": "class_num", **BASE},
+}
+
+
+def write(folder, key):
+    path = folder / f"{key}.yaml"
+    path.write_text(CONFIG.format(**FILES[key]))
+    return path
+
+
+@pytest.mark.parametrize("key", FILES)
+def test_published_files_are_read(tmp_path, key):
+    config = checked(load(write(tmp_path, key)), training=True)
+    values = FILES[key]
+    size = "small" if "small" in values["name"] else "base"
+    assert config["Model"] == {
+        "name": "LinearProbe",
+        "backbone": {"name": f"vit_{size}", "patch_size": values["patch"]},
+        "num_classes": 1000,
+        "n_last_blocks": values["blocks"],
+        "avgpool": values["avgpool"] == "True",
+    }
+    assert config["Schedules"]["lr"]["learning_rate"] == values["lr"]
+    assert config["Global"]["name"] == f"{values['name']}_linearprobe"
+
+
+def test_every_wrong_key_is_named(tmp_path):
+    wrong = [
+        "Model.backbone.type=dino_vit_base16",
+        "Model.depth=3",
+        "Loss.Train.0.CELoss.weight=0.5",
+        "Global.train_loop=X",
+    ]
+    with pytest.raises(ConfigError) as found:
+        checked(load(write(tmp_path, "s16"), wrong), training=True)
+    for text in ("Model.backbone.type", "Model.depth", "Loss.Train", "Global.train_loop"):
+        assert text in str(found.value)
+    with pytest.raises(ConfigError, match="Optimizer.momentm"):
+        checked(load(write(tmp_path, "s16"), ["Optimizer.momentm=0.9"]), training=True)
+
+
+def test_a_published_file_trains(tmp_path):
+    tiny.write_images(tmp_path, train=2, val=1, size=64)
+    paddle.save(vit_small(patch_size=16).state_dict(), str(tmp_path / "weights.pdparams"))
+    options = {
+        "Global__pretrained_model": tmp_path / "weights",
+        "Global__device": "cpu",
+        "Global__epochs": 1,
+        "Global__output_dir": tmp_path / "out",
+        "FP16__level": "O0",
+        "Model__num_classes": 3,
+        "DataLoader__Train__dataset__root": tmp_path / "train",
+        "DataLoader__Eval__dataset__root": tmp_path / "val",
+        "DataLoader__Train__sampler__batch_size": 3,
+        "DataLoader__Train__loader__num_workers": 0,
+        "DataLoader__Eval__loader__num_workers": 0,
+    }
+    done = tiny.run(tiny.TRAIN, "-c", write(tmp_path, "s16"), *tiny.overrides(**options))
+    assert done.returncode == 0, done.stderr
+    assert "keys matched" in done.stderr
+    assert (tmp_path / "out/dino_deit_small16_linearprobe/latest.pdparams").is_file()
