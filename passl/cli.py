@@ -57,7 +57,7 @@ def data_main(arguments: Optional[Sequence[str]] = None) -> None:
     add("--out", type=Path, required=True, help="folder to make; gets {train,val}/<class>/<number>.png")
     add("--train-per-class", type=int, default=500, help="training images of each class")
     add("--val-per-class", type=int, default=100, help="validation images of each class")
-    add("--size", type=int, default=32, help="side of the images in pixels")
+    add("--size", type=int, default=48, help="side of the images in pixels")
     add("--seed", type=int, default=0, help="another seed draws other images")
     _make_demo(parser.parse_args(arguments))
 

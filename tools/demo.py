@@ -23,7 +23,9 @@ METRIC = "knn_top1_k20"
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seed", type=int, default=0, help="of the network and the augmentations")
-    parser.add_argument("--out", type=Path, default=Path("output/demo"), help="folder for everything (default %(default)s)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("output/demo"), help="folder for everything (default %(default)s)"
+    )
     options = parser.parse_args()
     started = time.perf_counter()
     run_demo(options.out, options.seed)
@@ -43,15 +45,24 @@ def run_demo(out: Path, seed: int) -> None:
     step("Draw the data: ten shapes, 500 + 100 pictures of each")
     command("passl-data", "demo", "--out", str(data))
     step("Baselines: k-NN on the pixels, and on the network before training")
-    pixels = knn("pixels", "Model={name: RawPixels, img_size: 32}")
+    pixels = knn("pixels", "Model={name: RawPixels, img_size: 48}")
     untrained = knn("untrained")
     step("Pre-train with DINO, without labels")
-    passl("train", "pretrain.yaml", f"Global.output_dir={out}", f"DataLoader.Train.dataset.root={data / 'train'}", *roots, *shared)
+    passl(
+        "train",
+        "pretrain.yaml",
+        f"Global.output_dir={out}",
+        f"DataLoader.Train.dataset.root={data / 'train'}",
+        *roots,
+        *shared,
+    )
     weights = f"Global.pretrained_model={out / 'DINO/latest'}"
     step("k-NN on the teacher's features")
     trained = knn("teacher", weights)
     step("Linear probe on the teacher's features")
-    probe_data = [f"DataLoader.{phase}.dataset.root={data / split}" for phase, split in (("Train", "train"), ("Eval", "val"))]
+    probe_data = [
+        f"DataLoader.{phase}.dataset.root={data / split}" for phase, split in (("Train", "train"), ("Eval", "val"))
+    ]
     passl("train", "linear_probe.yaml", f"Global.output_dir={out}", *probe_data, *shared, weights)
     probe = last_of(out / "LinearProbe" / "metrics.jsonl", "top1")
 
@@ -66,7 +77,9 @@ def run_demo(out: Path, seed: int) -> None:
     baselines = {"pixels": pixels[METRIC], "untrained": untrained[METRIC]}
     picture = plot_run(out / "DINO", out / "curves.png", METRIC, baselines)
     (out / "demo.json").write_text(json.dumps({**baselines, "knn": trained[METRIC], "linear": probe}) + "\n")
-    print(f"\ncurves:   {picture}\nVisualDL: visualdl --logdir {out / 'DINO/vdl'}\nteacher:  {out / 'DINO/latest.pdparams'}")
+    print(f"\ncurves:   {picture}")
+    print(f"VisualDL: visualdl --logdir {out / 'DINO/vdl'}")
+    print(f"teacher:  {out / 'DINO/latest.pdparams'}")
 
 
 def step(title: str) -> None:

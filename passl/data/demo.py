@@ -1,9 +1,9 @@
 """A small labelled data set of drawn shapes, for trying everything without a download.
 
 A picture holds several copies of one shape, and the class is that shape alone. Colours, textures, places, sizes,
-rotations and clutter are drawn independently of it and anew for each copy: pictures of one class have few pixels in
-common, so nearest neighbours in pixel space say little, and two crops of one picture have little but the shape in common,
-so that is what there is to learn without labels.
+rotations, clutter and exposure are drawn independently of it, most of them anew for each copy. So pictures of one class
+have few pixels in common, and two crops of one picture have little but the shape in common, which is what there is to
+learn without labels.
 """
 
 from __future__ import annotations
@@ -22,8 +22,6 @@ from PIL import Image, ImageDraw
 _MARKER = "demo.json"
 _DRAWING_VERSION = 2  # To be raised when the same settings give other pictures.
 _SUPERSAMPLING = 4
-# Between the shape and what is behind it, of 441 at most: every shape is to be visible.
-_MIN_COLOR_DISTANCE = 110
 
 Outline = list[tuple[float, float]]
 
@@ -98,13 +96,13 @@ def make_demo(
     out: Union[str, os.PathLike],
     num_train_per_class: int = 500,
     num_val_per_class: int = 100,
-    size: int = 32,
+    size: int = 48,
     seed: int = 0,
-    copies: int = 4,
+    copies: int = 10,
     clutter: float = 0.5,
-    min_size: float = 0.36,
-    max_size: float = 0.5,
-    rotation: float = 45.0,
+    min_size: float = 0.2,
+    max_size: float = 0.28,
+    rotation: float = 20.0,
     progress: Optional[Callable[[int, int], None]] = None,
 ) -> int:
     """Write `out/{train,val}/<shape>/<number>.png` and return how many pictures were drawn.
@@ -114,7 +112,7 @@ def make_demo(
 
     Args:
         size: side of the square pictures in pixels.
-        copies: of the shape in a picture.
+        copies: of the shape in a picture, at most.
         clutter: 0 (plain colours) to 1 (strong textures, many strokes and blobs, noise).
         min_size, max_size: diameter of the shapes as a share of the side.
         rotation: largest rotation to either side, in degrees.
@@ -179,22 +177,30 @@ def draw_picture(shape: str, settings: DemoSettings, rng: np.random.Generator) -
     """One RGB picture of `shape`, a name in SHAPES; everything else about it is drawn from `rng`."""
     contrast = 40 * settings.clutter
     picture = _with_clutter(_patchwork(settings.size, rng), settings.clutter, rng)
-    cells = math.ceil(math.sqrt(settings.copies))
-    for cell in rng.permutation(cells * cells)[: settings.copies]:
-        radius = rng.uniform(settings.min_size, settings.max_size) / 2
-        # Somewhere in its cell of a grid, so that copies overlap little, and inside the picture.
-        center = np.clip((np.array(divmod(cell, cells)) + rng.uniform(0.2, 0.8, 2)) / cells, radius, 1 - radius)
-        row, column = (center * settings.size).astype(int)
-        behind = np.asarray(picture)[row - 2 : row + 3, column - 2 : column + 3].mean((0, 1))
-        foreground = _texture(settings.size, _distant_color(behind, rng), contrast, rng)
+    for center, radius in _places(settings, rng):
+        foreground = _texture(settings.size, _bright_color(rng), contrast, rng)
         picture = Image.composite(foreground, picture, _mask(shape, settings, center, radius, rng))
     noise = rng.normal(0, contrast / 5, (settings.size, settings.size, 3))
-    return _to_image(np.asarray(picture) + noise)
+    exposed = np.asarray(picture) * rng.uniform(0.4, 1.0) + rng.uniform(0, 80)
+    return _to_image(exposed + noise)
+
+
+def _places(settings: DemoSettings, rng: np.random.Generator) -> list[tuple[np.ndarray, float]]:
+    """Centers (row, column) and radii of the copies, as shares of the side: inside the picture, hardly overlapping."""
+    places: list[tuple[np.ndarray, float]] = []
+    for _ in range(settings.copies):
+        for _ in range(50):
+            radius = rng.uniform(settings.min_size, settings.max_size) / 2
+            center = rng.uniform(radius, 1 - radius, 2)
+            if all(np.linalg.norm(center - other) > 0.8 * (radius + reach) for other, reach in places):
+                places.append((center, radius))
+                break
+    return places
 
 
 def _patchwork(size: int, rng: np.random.Generator) -> Image.Image:
-    """Soft patches of muted colours: none is that of the whole picture, and the shapes stand out."""
-    return _to_image(rng.uniform(70, 185, (4, 4, 3))).resize((size, size), Image.Resampling.BICUBIC)
+    """Soft patches of dark colours: none is that of the whole picture."""
+    return _to_image(rng.uniform(0, 110, (4, 4, 3))).resize((size, size), Image.Resampling.BICUBIC)
 
 
 def _to_image(values: np.ndarray) -> Image.Image:
@@ -219,11 +225,10 @@ def _mask(
     return mask.reduce(_SUPERSAMPLING)
 
 
-def _distant_color(other: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    while True:
-        color = rng.integers(0, 256, 3)
-        if np.linalg.norm(color - other) >= _MIN_COLOR_DISTANCE:
-            return color
+def _bright_color(rng: np.random.Generator) -> np.ndarray:
+    """Any hue, lighter than what is behind: a shape is to be visible however it is coloured."""
+    color = rng.uniform(0, 1, 3)
+    return 110 + 145 * color / color.max()
 
 
 def _texture(size: int, color: np.ndarray, contrast: float, rng: np.random.Generator) -> Image.Image:
@@ -242,7 +247,7 @@ def _with_clutter(picture: Image.Image, clutter: float, rng: np.random.Generator
     picture = picture.resize((side, side), Image.Resampling.NEAREST)
     draw = ImageDraw.Draw(picture)
     for _ in range(rng.binomial(24, clutter)):
-        color = tuple(int(value) for value in rng.integers(0, 256, 3))
+        color = tuple(int(value) for value in rng.integers(0, 140, 3))
         x, y = rng.uniform(0, side, 2)
         if rng.random() < 0.5:
             dx, dy = rng.uniform(-0.3, 0.3, 2) * side

@@ -7,6 +7,8 @@ and logsumexp over many classes; norms of large matrices; and the patch convolut
 
 from __future__ import annotations
 
+from typing import Optional
+
 import paddle
 import paddle.nn.functional as F
 from paddle import Tensor
@@ -28,7 +30,7 @@ def sum_columns(x: Tensor) -> Tensor:
     return paddle.matmul(x, paddle.ones([x.shape[1], 1], x.dtype)) if on_cpu(x) else x.sum(1, keepdim=True)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
     """x: [..., in_dim], weight: [in_dim, out_dim], bias: [out_dim] or None -> [..., out_dim]"""
     if on_cpu(x) and bias is not None:
         return _Linear.apply(x, weight, bias)
@@ -104,7 +106,7 @@ class _Function(PyLayer):
         ctx.needed = [not x.stop_gradient for x in inputs]
 
     @staticmethod
-    def gradients(ctx, *gradients: Tensor | None) -> tuple:
+    def gradients(ctx, *gradients: Optional[Tensor]) -> tuple:
         return tuple(gradient if needed else None for needed, gradient in zip(ctx.needed, gradients))
 
 

@@ -82,13 +82,13 @@ def test_pixels_alone_say_little_about_the_class() -> None:
     settings = DemoSettings(
         num_train_per_class=60,
         num_val_per_class=20,
-        size=32,
+        size=48,
         seed=0,
-        copies=4,
+        copies=10,
         clutter=0.5,
-        min_size=0.36,
-        max_size=0.8,
-        rotation=45.0,
+        min_size=0.2,
+        max_size=0.28,
+        rotation=20.0,
     )
 
     def pictures(split: int, count: int) -> np.ndarray:
