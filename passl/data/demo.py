@@ -1,7 +1,7 @@
 """A small labelled data set of drawn shapes, for trying everything without a download.
 
 A picture holds several copies of one shape, and the class is that shape alone. Colours, textures, places, sizes,
-rotations, clutter and exposure are drawn independently of it, most of them anew for each copy. So pictures of one class
+rotations and clutter are drawn independently of it, and anew for each copy. So pictures of one class
 have few pixels in common, and two crops of one picture have little but the shape in common, which is what there is to
 learn without labels.
 """
@@ -64,6 +64,19 @@ SHAPES: dict[str, list[Outline]] = {
     "square": [[(-0.8, -0.8), (0.8, -0.8), (0.8, 0.8), (-0.8, 0.8)]],
     "star": [_polar((1.0 if i % 2 == 0 else 0.42, 36 * i - 90) for i in range(10))],
     "triangle": [_regular(3)],
+}
+
+
+def _area(outline: Outline) -> float:
+    """Of a closed outline (the shoelace formula)."""
+    x, y = np.array(outline).T
+    return abs(x @ np.roll(y, 1) - y @ np.roll(x, 1)) / 2
+
+
+# All shapes cover the same area at the same size, or the brightness of a picture would tell its class.
+_SCALES = {
+    name: math.sqrt(1.5 / (_area(outlines[0]) - sum(_area(hole) for hole in outlines[1:])))
+    for name, outlines in SHAPES.items()
 }
 
 
@@ -181,8 +194,7 @@ def draw_picture(shape: str, settings: DemoSettings, rng: np.random.Generator) -
         foreground = _texture(settings.size, _bright_color(rng), contrast, rng)
         picture = Image.composite(foreground, picture, _mask(shape, settings, center, radius, rng))
     noise = rng.normal(0, contrast / 5, (settings.size, settings.size, 3))
-    exposed = np.asarray(picture) * rng.uniform(0.4, 1.0) + rng.uniform(0, 80)
-    return _to_image(exposed + noise)
+    return _to_image(np.asarray(picture) + noise)
 
 
 def _places(settings: DemoSettings, rng: np.random.Generator) -> list[tuple[np.ndarray, float]]:
@@ -212,7 +224,7 @@ def _mask(
 ) -> Image.Image:
     """Where the shape is, antialiased: mode L, 255 inside. Center (row, column) and radius are shares of the side."""
     side = settings.size * _SUPERSAMPLING
-    radius = radius * side
+    radius = radius * side * _SCALES[shape]
     center_y, center_x = center * side
     angle = math.radians(rng.uniform(-settings.rotation, settings.rotation))
     stretch_x, stretch_y = rng.uniform(0.85, 1.0, 2)
