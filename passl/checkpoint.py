@@ -38,6 +38,12 @@ class CheckpointError(ValueError):
 # --- reading -------------------------------------------------------------------------------------------------------
 
 
+def _latin1_bytes(text: str, encoding: str) -> bytes:
+    if encoding != "latin1":
+        raise CheckpointError(f"bytes encoded as {encoding!r}: refused")
+    return text.encode("latin1")
+
+
 class _NumpyUnpickler(pickle.Unpickler):
     """Reads what ``paddle.save`` writes of numpy arrays and plain containers, and refuses every other global."""
 
@@ -48,6 +54,7 @@ class _NumpyUnpickler(pickle.Unpickler):
         ("numpy", "dtype"): np.dtype,
         ("collections", "OrderedDict"): OrderedDict,
         ("builtins", "tuple"): tuple,
+        ("_codecs", "encode"): _latin1_bytes,  # the bytes of an array, in pickle protocol 2
     }
 
     def find_class(self, module: str, name: str) -> Any:
@@ -92,7 +99,9 @@ def read_weights(prefix: PathLike) -> dict[str, np.ndarray]:
     state = read(path)
     if not isinstance(state, dict) or not state or not all(isinstance(v, np.ndarray) for v in state.values()):
         raise CheckpointError(f"{path}: holds no state dict (name -> array)")
-    return state
+    # paddle.save writes bfloat16 as its bits; as float32 they say the same.
+    bits = {name: value for name, value in state.items() if value.dtype == np.uint16}
+    return {**state, **{name: (value.astype(np.uint32) << 16).view(np.float32) for name, value in bits.items()}}
 
 
 def with_suffix(prefix: PathLike, suffix: str) -> Path:
@@ -164,7 +173,7 @@ def load_weights(layer: nn.Layer, state: Mapping[str, np.ndarray], source: PathL
             report.misshapen.append(f"{name} (file {list(value.shape)}, layer {list(target.shape)})")
             continue
         report.matched.append(name)
-        ready[name] = value if target.dtype in (paddle.bfloat16,) else value.astype(_numpy_dtype(target))
+        ready[name] = paddle.to_tensor(value).astype(target.dtype)
     if report.missing or report.unexpected or report.misshapen:
         raise CheckpointError(f"{source} does not fit {type(layer).__name__}: {report}")
     layer.set_state_dict(ready)
@@ -182,10 +191,6 @@ def backbone_state(state: Mapping[str, np.ndarray], which: str = "teacher") -> d
         if part:
             return part
     return dict(state)
-
-
-def _numpy_dtype(tensor: paddle.Tensor) -> np.dtype:
-    return np.dtype(str(tensor.dtype).rsplit(".", 1)[-1])
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------
@@ -248,13 +253,16 @@ class CheckpointStore:
         """
         candidates = []
         for path in self.folder.glob(f"*{STATES}"):
-            prefix = with_suffix(path, "")
             try:
-                candidates.append((read_states(prefix)["step"], prefix.name == "latest", prefix))
+                candidates.append((read(path)["step"], path.name == f"latest{STATES}", with_suffix(path, "")))
+            except (CheckpointError, KeyError, TypeError) as error:
+                logger.warning("checkpoint skipped: %s: %s", path, error)
+        for *_, prefix in sorted(candidates, reverse=True):
+            try:
+                read_states(prefix)
+                return prefix
             except CheckpointError as error:
                 logger.warning("checkpoint skipped: %s", error)
-        if candidates:
-            return max(candidates)[2]
         if any(self.folder.glob(f"*{PARAMS}")):
             raise CheckpointError(
                 f"{self.folder}: no checkpoint in it is whole; start anew with another Global.output_dir"

@@ -111,6 +111,8 @@ def test_accumulation_is_one_large_batch(folder, pretrained):
         (["DataLoader.Train.sampler.batch_size=100"], ["DataLoader.Train.sampler", "100"]),
         (["Global.save_interval=0it"], ["Global.save_interval", "shorter than one step"]),
         (["Global.seed"], ["Global.seed", "="]),
+        (["Global.accum_steps=0"], ["Global.accum_steps (0) must be at least 1"]),
+        (["Global.flags.FLAGS_no_such_flag=1"], ["Global.flags.FLAGS_no_such_flag"]),
     ],
 )
 def test_configuration_errors_exit_with_2(folder, options, texts):
@@ -134,6 +136,25 @@ def test_missing_and_misshapen_weights_are_errors(folder, pretrained):
     assert other.returncode == 1
     assert "cls_token (file [1, 1, 12], layer [1, 1, 24])" in other.stderr
     assert "Traceback" not in other.stderr
+
+
+def test_a_probe_without_a_trained_head_is_not_scored(folder, pretrained):
+    done = tiny.run(tiny.EVAL, "-c", folder / "probe.yaml", *tiny.overrides(Global__pretrained_model=pretrained))
+    assert done.returncode == 1
+    assert "only a backbone" in done.stderr
+
+
+def test_the_student_can_be_scored(folder, pretrained):
+    code = "from passl.engine import run; load = run.checkpoint.load_weights\n"
+    code += "def show(layer, *rest): print('loading', type(layer).__name__); return load(layer, *rest)\n"
+    code += "run.checkpoint.load_weights = show\n" + tiny.EVAL
+    config = tiny.write_config(folder, tiny.PRETRAIN + tiny.PROBE[tiny.PROBE.index("Evaluators:") :], "both.yaml")
+    config.write_text(config.read_text().replace("*eval", "[Resize: {size: [16, 16]}, ToTensor: {}, Normalize: {}]"))
+    for key, loaded in (("teacher", "DINO"), ("student", "VisionTransformer")):
+        options = tiny.overrides(Global__pretrained_model=pretrained, Global__checkpoint_key=key)
+        done = tiny.run(code, "-c", config, *options)
+        assert done.returncode == 0, done.stderr
+        assert f"loading {loaded}" in done.stdout
 
 
 def test_check_and_print_config(folder):

@@ -115,7 +115,7 @@ def make_demo(
     clutter: float = 0.5,
     min_size: float = 0.2,
     max_size: float = 0.28,
-    rotation: float = 20.0,
+    rotation: float = 45.0,
     progress: Optional[Callable[[int, int], None]] = None,
 ) -> int:
     """Write `out/{train,val}/<shape>/<number>.png` and return how many pictures were drawn.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import resource
 import sys
@@ -159,14 +160,16 @@ class EvaluationHook:
         started = time.perf_counter()
         results: dict[str, float] = {}
         for evaluator in self.evaluators:
-            results.update(evaluate(evaluator, trainer.method, self.folder))
+            # Weights that were cast to half precision need inputs that are cast too.
+            with trainer.precision.autocast() if trainer.precision.level == "O2" else contextlib.nullcontext():
+                results.update(evaluate(evaluator, trainer.method, self.folder))
         trainer.method.train()
         epoch = trainer.epoch + 1
         shown = ", ".join(f"{name}: {value:.5f}" for name, value in results.items())
         logger.info("[Eval][Epoch %d][Avg] %s, time: %.1f s", epoch, shown, time.perf_counter() - started)
         key = self.evaluators[0].key_metric
         best = trainer.progress["best_metric"]
-        if best is None or results[key] > best:
+        if best is None or best != best or results[key] > best:  # NaN is not equal to itself
             trainer.progress.update(best_metric=results[key], best_epoch=epoch, is_best=True)
         logger.info(
             "[Eval][Epoch %d][best metric: %.5f] (%s, epoch %d)",
@@ -198,6 +201,7 @@ class CheckpointHook:
         if not (trainer.step % self.interval == 0 or is_last or is_best):
             return
         trainer.check_finite()
+        trainer.check_weights()  # on every process: they are equal, so all stop
         if not distributed.is_main():
             return
         try:

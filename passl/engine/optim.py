@@ -127,6 +127,7 @@ class AdamW(Optimizer):
         clip_mode: Literal["each", "global"] = "each",
     ) -> None:
         super().__init__(groups, weight_decay, clip_norm, clip_mode)
+        self._betas = (beta1, beta2)
         self._inner = paddle.optimizer.AdamW(
             learning_rate=0.0,
             parameters=[{"params": g["params"], "weight_decay": g["weight_decay"] * weight_decay} for g in self.groups],
@@ -144,7 +145,9 @@ class AdamW(Optimizer):
             inner_group["weight_decay"] = self.weight_decay * group["weight_decay"]
 
     def step(self) -> None:
-        self._inner.step()
+        # Moments are named when they are made: always with _0, whatever else this process has built.
+        with paddle.utils.unique_name.guard():
+            self._inner.step()
 
     def state_dict(self) -> dict[str, Any]:
         state = self._inner.state_dict()
@@ -153,7 +156,22 @@ class AdamW(Optimizer):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         _check_state(state, self.parameters)
-        self._inner.set_state_dict(_tensors(state))
+        self._inner.set_state_dict({**self._fresh_moments(state), **_tensors(state)})
+
+    def _fresh_moments(self, state: Mapping[str, Any]) -> dict[str, paddle.Tensor]:
+        """Entries of parameters that never took a step (a frozen last layer): Paddle refuses a state without them."""
+        fresh = {}
+        for parameter in self.parameters:
+            if any(key.startswith(f"{parameter.name}_") and key.endswith("moment1_0") for key in state):
+                continue
+            is_half = parameter.dtype in HALF_PRECISION
+            name = f"{parameter.name}{_MASTER}" if is_half else parameter.name
+            dtype = "float32" if is_half else parameter.dtype
+            for moment in ("moment1", "moment2"):
+                fresh[f"{name}_{moment}_0"] = paddle.zeros(parameter.shape, dtype)
+            for number, beta in enumerate(self._betas, 1):
+                fresh[f"{name}_beta{number}_pow_acc_0"] = paddle.full([1], beta, dtype)
+        return fresh
 
 
 @OPTIMIZERS.register("Momentum", "SGD")
@@ -264,11 +282,12 @@ def _norm(tensor: paddle.Tensor) -> paddle.Tensor:
     return paddle.matmul(flat.unsqueeze(0), flat.unsqueeze(1)).reshape([]).sqrt()
 
 
-def _tensors(state: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    return {
-        k: {n: paddle.to_tensor(v) for n, v in x.items()} if isinstance(x, Mapping) else paddle.to_tensor(x)
-        for k, x in state.items()
-    }
+def _tensors(state: Mapping[str, Any]) -> dict[str, Any]:
+    tensors = {key: paddle.to_tensor(value) for key, value in state.items() if key != "master_weights"}
+    masters = {name: paddle.to_tensor(value) for name, value in state.get("master_weights", {}).items()}
+    for name, master in masters.items():
+        master.name = f"{name}{_MASTER}"  # Paddle keys the moments by it
+    return {**tensors, "master_weights": masters} if masters else tensors
 
 
 def _check_state(state: Mapping[str, np.ndarray], parameters: Sequence[paddle.Tensor]) -> None:

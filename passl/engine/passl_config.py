@@ -69,6 +69,8 @@ class _Translator:
             for key, value in self.config.items()
             if key not in known or key in ("FP16", "Optimizer", "Export", "Evaluators")
         }
+        if self.config.get("EMA"):
+            self.problem("EMA", "a linear probe keeps no moving average: remove the section")
         result["Global"] = self.global_section()
         result["Model"] = self.model()
         result["Schedules"] = {"lr": self.config.get("LRScheduler")}
@@ -126,13 +128,17 @@ class _Translator:
         return loaders
 
     def losses_and_metrics(self) -> None:
-        for section, name in (("Loss", "CELoss"), ("Metric", "TopkAcc")):
+        for section, name, allowed in (("Loss", "CELoss", {"weight": 1.0}), ("Metric", "TopkAcc", {"topk": [1, 5]})):
             for phase, items in (self.config.get(section) or {}).items():
                 for item in items or []:
                     if not isinstance(item, Mapping) or list(item) != [name]:
                         self.problem(f"{section}.{phase}", f"only {name} is there for a linear probe, got {item!r}")
-                    elif name == "CELoss" and (item[name] or {}).get("weight", 1.0) != 1.0:
-                        self.problem(f"{section}.{phase}", "the only loss has weight 1.0")
+                        continue
+                    for key, value in (item[name] or {}).items():
+                        if allowed.get(key) != value:
+                            self.problem(
+                                f"{section}.{phase}", f"{name}.{key}: a linear probe has {allowed}, got {value!r}"
+                            )
 
     def strategy(self) -> None:
         section = dict(self.config.get("DistributedStrategy") or {})

@@ -40,9 +40,13 @@ def checked(config: Config, training: bool) -> Config:
 def train(config: Config, source: Config) -> Trainer:
     """Run a checked configuration to its end; ``source`` is what the user gave and is saved beside the results."""
     settings = build.global_settings(config)
+    for key in ("epochs", "accum_steps", "max_train_step"):
+        value = getattr(settings, key)
+        if value is not None and value < 1:
+            raise ConfigError([f"Global.{key} ({value}) must be at least 1"])
+    log.setup(quiet=not distributed.is_main())
     _start(settings)
     folder = Path(settings.output_dir) / (settings.name or config["Model"]["name"])
-    log.setup(quiet=not distributed.is_main())
 
     precision = build.precision(config)
     paddle.seed(settings.seed)
@@ -52,6 +56,9 @@ def train(config: Config, source: Config) -> Trainer:
     optimizer = build.optimizer(config, method)
     store = CheckpointStore(folder, settings.max_num_latest_checkpoint)
     states = _load_start(settings, method, optimizer, store, line)
+    starts = distributed.gather_objects(states["step"] if states else 0)
+    if len(set(starts)) > 1:
+        raise CheckpointError(f"processes would go on at steps {starts}: all nodes must share the folder {folder}")
     precision.prepare(method.half_precision_layers())
     if states:
         precision.load_state_dict(states["scaler"])
@@ -102,8 +109,9 @@ def evaluate_config(config: Config, source: Config) -> dict[str, float]:
     log.setup(folder / "eval.log" if distributed.is_main() else None, quiet=not distributed.is_main())
     paddle.seed(settings.seed)
     model = build.model(config)
+    is_whole = True
     if settings.pretrained_model:
-        _load_pretrained(settings, model)
+        is_whole = _load_pretrained(settings, model)
     else:
         logger.warning("Global.pretrained_model is not given: evaluating an untrained %s", type(model).__name__)
     found = build.evaluators(config)
@@ -114,6 +122,11 @@ def evaluate_config(config: Config, source: Config) -> dict[str, float]:
         if evaluator.subject == "method" and not hasattr(model, "predict"):
             raise ConfigError(
                 [f"{type(evaluator).__name__} needs a model that predicts classes, and {type(model).__name__} does not"]
+            )
+        if evaluator.subject == "method" and not is_whole:
+            raise CheckpointError(
+                f"{settings.pretrained_model} has no weights for all of {type(model).__name__}, only a backbone: its "
+                "predictions would be random. Train it with passl-train and give its latest or best"
             )
         results.update(evaluate(evaluator, model, folder))
     logger.info("[Eval] %s", ", ".join(f"{name}: {value:.5f}" for name, value in results.items()))
@@ -139,11 +152,22 @@ def _start(settings: GlobalSettings) -> None:
         paddle.set_device(device)
         if device == "cpu":
             cpu.tune()
-        if settings.flags:
-            paddle.set_flags(settings.flags)
     except ValueError as error:
-        raise ConfigError([f"Global: {error}"]) from error
+        raise ConfigError([f"Global.device: {error}"]) from error
+    for name, value in settings.flags.items():
+        _set_flag(name, value)
     distributed.init()
+
+
+def _set_flag(name: str, value: Any) -> None:
+    try:
+        paddle.set_flags({name: value})
+    except (ValueError, RuntimeError, TypeError) as error:
+        if name.startswith(("FLAGS_cudnn", "FLAGS_cublas", "FLAGS_gpu")) and not paddle.is_compiled_with_cuda():
+            logger.warning("Global.flags.%s: only GPU builds of Paddle have it, ignored", name)
+            return
+        reason = str(error).splitlines()[0]
+        raise ConfigError([f"Global.flags.{name}={value!r}: this Paddle refuses it ({reason})"]) from error
 
 
 def _load_start(
@@ -203,17 +227,20 @@ def _resume_prefix(settings: GlobalSettings, store: CheckpointStore) -> Optional
     return prefix
 
 
-def _load_pretrained(settings: GlobalSettings, model: nn.Layer) -> None:
-    """Weights of a whole method, of a backbone, or of a run that holds one, into ``model``."""
+def _load_pretrained(settings: GlobalSettings, model: nn.Layer) -> bool:
+    """Weights of a whole method, of a backbone, or of a run that holds one, into ``model``; True for a whole method."""
     source = checkpoint.with_suffix(settings.pretrained_model, checkpoint.PARAMS)
     state = checkpoint.read_weights(source)
-    if isinstance(model, Method) and set(state) == set(model.state_dict()):
+    wants_student = settings.checkpoint_key == "student" and any(key.startswith("student.") for key in state)
+    is_whole = isinstance(model, Method) and set(state) == set(model.state_dict()) and not wants_student
+    if is_whole:
         report = checkpoint.load_weights(model, state, source)
     else:
         state = checkpoint.backbone_state(state, settings.checkpoint_key)
         for layer in model.pretrained_layers() if isinstance(model, Method) else [model]:
             report = checkpoint.load_weights(layer, state, source)
     logger.info("%s: %s", source, report)
+    return is_whole
 
 
 def _open_folder(folder: Path, source: Config, going_on: bool) -> None:

@@ -174,6 +174,16 @@ class Trainer:
                 " learning rate, a longer warm-up, a smaller Optimizer.clip_norm, or FP16.level=O0"
             )
 
+    def check_weights(self) -> None:
+        """Raises NonFiniteLossError when a weight is not finite: an infinite gradient can follow a finite loss."""
+        bad = [p.name for p in self.optimizer.parameters if not np.isfinite(p.astype("float32").sum().item())]
+        if bad:
+            raise NonFiniteLossError(
+                f"{len(bad)} weights became infinite or NaN by step {self.step} ({', '.join(bad[:5])}): not saved."
+                " Resume the last checkpoint with -o Global.checkpoint=auto and a lower learning rate or"
+                " Optimizer.clip_norm"
+            )
+
 
 def _match_schedules(method: Method, schedules: Mapping[str, Schedule]) -> tuple[list[str], list[str]]:
     """Names of the schedules that go to ``forward`` and to ``after_step``.

@@ -36,7 +36,10 @@ class Classification(Evaluator):
         self.key_metric = f"top{self.topk[0]}"
 
     def run(self, model: nn.Layer, output_dir: Path) -> dict[str, float]:
-        logits, labels = map_dataset(model.predict, self.dataset, self.batch_size, self.num_workers, "validation")
+        def logits_of(images: paddle.Tensor) -> paddle.Tensor:
+            return model.predict(images).astype("float32")
+
+        logits, labels = map_dataset(logits_of, self.dataset, self.batch_size, self.num_workers, "validation")
         result = {f"top{k}": accuracy(logits, labels, k) for k in self.topk}
         loss = nn.functional.cross_entropy(paddle.to_tensor(logits), paddle.to_tensor(labels)).item()
         return {**result, "loss": loss}

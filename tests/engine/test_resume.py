@@ -47,6 +47,17 @@ def test_killed_and_resumed_run_is_bit_identical(folder, uninterrupted, killed_a
     assert losses(folder / out) == losses(folder / "whole")
 
 
+@pytest.mark.smoke
+def test_resumed_where_the_last_layer_is_unfrozen(folder, uninterrupted):
+    """At the end of the first epoch the last layer has no moments yet."""
+    by_epoch = ["-o", "Global.save_interval=1"]
+    assert train(folder, "unfrozen", *by_epoch, killed_at=4).returncode == -9
+    resumed = train(folder, "unfrozen", *by_epoch, "-o", "Global.checkpoint=auto")
+    assert resumed.returncode == 0, resumed.stderr
+    assert "at step 3" in resumed.stderr
+    tiny.assert_same_checkpoint(uninterrupted, folder / "unfrozen/DINO/latest")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("killed_at", range(1, LAST_STEP))

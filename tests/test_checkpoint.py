@@ -1,0 +1,89 @@
+"""Files of weights: what is read, what is refused, what is lost (nothing)."""
+
+from __future__ import annotations
+
+import pickle
+
+import numpy as np
+import paddle
+import pytest
+from paddle import nn
+
+from passl import checkpoint
+from passl.checkpoint import CheckpointError, CheckpointStore
+
+pytestmark = pytest.mark.smoke
+
+
+def test_weights_make_the_way_there_and_back(tmp_path):
+    layer, other = nn.Linear(4, 3), nn.Linear(4, 3)
+    checkpoint.write(layer.state_dict(), tmp_path / "w.pdparams")
+    report = checkpoint.load_weights(other, checkpoint.read_weights(tmp_path / "w"), "w")
+    assert str(report) == "2 of 2 keys matched"
+    assert (other.weight.numpy() == layer.weight.numpy()).all()
+
+
+def test_bfloat16_weights_keep_their_values(tmp_path):
+    values = np.array([1.0, 2.0, -0.5], np.float32)
+    paddle.save({"w": paddle.to_tensor(values).astype("bfloat16")}, str(tmp_path / "w.pdparams"))
+    np.testing.assert_array_equal(checkpoint.read_weights(tmp_path / "w")["w"], values)
+
+
+def test_all_misfits_are_listed_and_nothing_changes():
+    layer = nn.Linear(4, 3)
+    before = layer.bias.numpy().copy()
+    with pytest.raises(CheckpointError) as found:
+        checkpoint.load_weights(layer, {"weight": np.zeros((3, 4)), "bias": np.ones(3), "extra": np.ones(1)}, "file")
+    for text in ("1 of 2 keys matched", "weight (file [3, 4], layer [4, 3])", "only in the file: extra"):
+        assert text in str(found.value)
+    assert (layer.bias.numpy() == before).all()
+
+
+class Harmful:
+    def __reduce__(self):
+        return print, ("executed",)
+
+
+def test_nothing_in_a_file_is_executed(tmp_path, capsys):
+    (tmp_path / "w.pdparams").write_bytes(pickle.dumps({"w": Harmful()}))
+    with pytest.raises(CheckpointError, match=r"builtins\.print"):
+        checkpoint.read_weights(tmp_path / "w")
+    assert "executed" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 no pickle", b"\x80\x04", b"hello"])
+def test_other_files_are_refused(tmp_path, content):
+    (tmp_path / "w.pdparams").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"w\.pdparams"):
+        checkpoint.read_weights(tmp_path / "w")
+
+
+def test_a_missing_file_names_its_neighbours(tmp_path):
+    (tmp_path / "latest.pdparams").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"the folder has latest\.pdparams"):
+        checkpoint.read_weights(tmp_path / "lates")
+
+
+def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch):
+    store = CheckpointStore(tmp_path)
+    store.save("epoch_1", {"w": paddle.ones([2])}, {"m": paddle.ones([2])}, {"step": 1})
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(paddle, "save", full)
+    with pytest.raises(OSError, match="No space left"):
+        store.save("epoch_2", {"w": paddle.zeros([2])}, {"m": paddle.ones([2])}, {"step": 2})
+    assert checkpoint.read_states(store.newest_intact())["step"] == 1
+    assert not list(tmp_path.glob("*.partial"))
+
+
+@pytest.mark.parametrize(("keep", "expected"), [(0, []), (2, [4, 5]), (-1, [1, 2, 3, 4, 5])])
+def test_as_many_epochs_stay_as_asked(tmp_path, keep, expected):
+    store = CheckpointStore(tmp_path, keep)
+    for epoch in range(1, 6):
+        store.save(f"epoch_{epoch}", {"w": paddle.ones([1])}, {"m": paddle.ones([1])}, {"step": epoch}, best=epoch == 2)
+    names = {path.stem for path in tmp_path.glob("*.pdparams")}
+    assert names == {"latest", "best", *(f"epoch_{epoch}" for epoch in expected)}
+    assert checkpoint.read_states(tmp_path / "best")["step"] == 2
+    assert checkpoint.read_states(tmp_path / "latest")["step"] == 5
