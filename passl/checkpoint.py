@@ -8,6 +8,7 @@ one is written last, so a set that has it and whose checksums agree is whole.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import pickle
@@ -269,6 +270,27 @@ class CheckpointStore:
             )
         return None
 
+    def set_aside(self, after_step: int) -> Optional[Path]:
+        """Move the sets of steps later than ``after_step`` into a new folder ``abandoned-{n}``; None if there are none.
+
+        For a run that goes on from an older set: what it saves must not compete with the branch that it leaves.
+        """
+        later = []
+        for path in self.folder.glob(f"*{STATES}"):
+            with contextlib.suppress(CheckpointError, KeyError, TypeError):
+                if read(path)["step"] > after_step:
+                    later.append(with_suffix(path, ""))
+        if not later:
+            return None
+        aside = unused_name(self.folder / "abandoned")
+        aside.mkdir()
+        for prefix in later:
+            # The states last: a set without them counts as damaged, not as another branch.
+            for suffix in (PARAMS, OPTIMIZER, STATES):
+                if with_suffix(prefix, suffix).exists():
+                    with_suffix(prefix, suffix).rename(aside / (prefix.name + suffix))
+        return aside
+
     def _prune(self) -> None:
         for path in self.folder.glob("*.partial"):
             path.unlink(missing_ok=True)
@@ -280,6 +302,14 @@ class CheckpointStore:
         for prefix in surplus:
             for suffix in (STATES, OPTIMIZER, PARAMS):
                 with_suffix(prefix, suffix).unlink(missing_ok=True)
+
+
+def unused_name(path: Path) -> Path:
+    """``{path}-{n}`` with the first n for which nothing is there."""
+    number = 1
+    while (candidate := path.with_name(f"{path.name}-{number}")).exists():
+        number += 1
+    return candidate
 
 
 def read_states(prefix: PathLike) -> dict[str, Any]:

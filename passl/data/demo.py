@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 _MARKER = "demo.json"
-_DRAWING_VERSION = 2  # To be raised when the same settings give other pictures.
+_DRAWING_VERSION = 3  # To be raised when the same settings give other pictures.
 _SUPERSAMPLING = 4
 
 Outline = list[tuple[float, float]]
@@ -111,11 +111,11 @@ def make_demo(
     num_val_per_class: int = 100,
     size: int = 48,
     seed: int = 0,
-    copies: int = 10,
+    copies: int = 14,
     clutter: float = 0.5,
-    min_size: float = 0.2,
-    max_size: float = 0.28,
-    rotation: float = 45.0,
+    min_size: float = 0.3,
+    max_size: float = 0.42,
+    rotation: float = 30.0,
     progress: Optional[Callable[[int, int], None]] = None,
 ) -> int:
     """Write `out/{train,val}/<shape>/<number>.png` and return how many pictures were drawn.
@@ -198,13 +198,16 @@ def draw_picture(shape: str, settings: DemoSettings, rng: np.random.Generator) -
 
 
 def _places(settings: DemoSettings, rng: np.random.Generator) -> list[tuple[np.ndarray, float]]:
-    """Centers (row, column) and radii of the copies, as shares of the side: inside the picture, hardly overlapping."""
+    """Centers (row, column) and radii of the copies, as shares of the side: hardly overlapping, cut by the borders.
+
+    If the borders kept copies out, a few places would be left for them, and the pixels would give the class away.
+    """
     places: list[tuple[np.ndarray, float]] = []
     for _ in range(settings.copies):
         for _ in range(50):
             radius = rng.uniform(settings.min_size, settings.max_size) / 2
-            center = rng.uniform(radius, 1 - radius, 2)
-            if all(np.linalg.norm(center - other) > 0.8 * (radius + reach) for other, reach in places):
+            center = rng.uniform(-0.6 * radius, 1 + 0.6 * radius, 2)
+            if all(np.linalg.norm(center - other) > 0.85 * (radius + reach) for other, reach in places):
                 places.append((center, radius))
                 break
     return places

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from passl.config import Config, ConfigError
+from passl.config import Config
 
 # PASSL's name of a backbone -> ours and its patch size.
 _BACKBONES = {
@@ -28,19 +28,14 @@ def is_passl(config: Mapping[str, Any]) -> bool:
     return isinstance(name, str) and name.endswith(_SUFFIX) and name[: -len(_SUFFIX)] in _BACKBONES
 
 
-def translate(config: Config) -> Config:
-    """``config`` in passl's own form; one that is so already is returned as it is.
-
-    Raises:
-        ConfigError: keys that PASSL's linear probes do not have, or values that contradict each other.
+def translate(config: Config) -> tuple[Config, list[str]]:
+    """``config`` in passl's own form (one that is so already as it is), and all problems found on the way: keys that
+    PASSL's linear probes do not have, values that contradict each other.
     """
     if not is_passl(config):
-        return config
+        return config, []
     translator = _Translator(config)
-    result = Config(translator.sections(), config.sources)
-    if translator.problems:
-        raise ConfigError(translator.problems)
-    return result
+    return Config(translator.sections(), config.sources), translator.problems
 
 
 class _Translator:
@@ -83,8 +78,14 @@ class _Translator:
         source = self.config.source(tuple(key.split(".")))
         self.problems.append(": ".join(filter(None, (source, key, message))))
 
+    def mapping(self, key: str, value: Any) -> dict[str, Any]:
+        if value is not None and not isinstance(value, Mapping):
+            self.problem(key, f"must be a section of keys and values, got {value!r}")
+            return {}
+        return dict(value or {})
+
     def global_section(self) -> dict[str, Any]:
-        section = dict(self.config.get("Global") or {})
+        section = self.mapping("Global", self.config.get("Global"))
         for key, expected in _FIXED.items():
             value = section.pop(key, expected)
             if value != expected:
@@ -94,7 +95,7 @@ class _Translator:
     def model(self) -> dict[str, Any]:
         section = dict(self.config["Model"])
         expected_type = section.pop("name")[: -len(_SUFFIX)]
-        backbone = dict(section.pop("backbone", None) or {})
+        backbone = self.mapping("Model.backbone", section.pop("backbone", None))
         kind = backbone.pop("type", expected_type)
         if kind != expected_type:
             self.problem("Model.backbone.type", f"{kind!r} does not belong to the model {expected_type + _SUFFIX!r}")
@@ -119,9 +120,9 @@ class _Translator:
 
     def loaders(self) -> Any:
         loaders = {}
-        for phase, section in (self.config.get("DataLoader") or {}).items():
-            section = dict(section or {})
-            sampler = dict(section.get("sampler") or {})
+        for phase, section in self.mapping("DataLoader", self.config.get("DataLoader")).items():
+            section = self.mapping(f"DataLoader.{phase}", section)
+            sampler = self.mapping(f"DataLoader.{phase}.sampler", section.get("sampler"))
             if sampler.pop("name", "DistributedBatchSampler") != "DistributedBatchSampler":
                 self.problem(f"DataLoader.{phase}.sampler.name", "only DistributedBatchSampler is there")
             loaders[phase] = {**section, "sampler": sampler}
@@ -129,19 +130,19 @@ class _Translator:
 
     def losses_and_metrics(self) -> None:
         for section, name, allowed in (("Loss", "CELoss", {"weight": 1.0}), ("Metric", "TopkAcc", {"topk": [1, 5]})):
-            for phase, items in (self.config.get(section) or {}).items():
-                for item in items or []:
+            for phase, items in self.mapping(section, self.config.get(section)).items():
+                for item in items if isinstance(items, list) else filter(None, [items]):
                     if not isinstance(item, Mapping) or list(item) != [name]:
                         self.problem(f"{section}.{phase}", f"only {name} is there for a linear probe, got {item!r}")
                         continue
-                    for key, value in (item[name] or {}).items():
+                    for key, value in self.mapping(f"{section}.{phase}.{name}", item[name]).items():
                         if allowed.get(key) != value:
                             self.problem(
                                 f"{section}.{phase}", f"{name}.{key}: a linear probe has {allowed}, got {value!r}"
                             )
 
     def strategy(self) -> None:
-        section = dict(self.config.get("DistributedStrategy") or {})
+        section = self.mapping("DistributedStrategy", self.config.get("DistributedStrategy"))
         if section.pop("data_parallel", True) is not True:
             self.problem("DistributedStrategy.data_parallel", "must be true")
         if section.pop("recompute", None):

@@ -32,8 +32,13 @@ def checked(config: Config, training: bool) -> Config:
     Raises:
         ConfigError: with all problems.
     """
-    config = translate(config)
-    check(config, schema(training))
+    config, problems = translate(config)
+    try:
+        check(config, schema(training))
+    except ConfigError as error:
+        problems += error.problems
+    if problems:
+        raise ConfigError(problems)
     return config
 
 
@@ -55,7 +60,8 @@ def train(config: Config, source: Config) -> Trainer:
     line = build.timeline(loader, settings.epochs)
     optimizer = build.optimizer(config, method)
     store = CheckpointStore(folder, settings.max_num_latest_checkpoint)
-    states = _load_start(settings, method, optimizer, store, line)
+    prefix = _resume_prefix(settings, store)
+    states = _load_start(settings, method, optimizer, prefix, line)
     starts = distributed.gather_objects(states["step"] if states else 0)
     if len(set(starts)) > 1:
         raise CheckpointError(f"processes would go on at steps {starts}: all nodes must share the folder {folder}")
@@ -95,7 +101,7 @@ def train(config: Config, source: Config) -> Trainer:
         trainer.step = states["step"]
         trainer.progress = dict(states["progress"])
     # Only now: a mistake in the configuration must leave an earlier run where it was.
-    _open_folder(folder, source, going_on=states is not None)
+    _open_folder(store, source, prefix, trainer.step)
     _announce(trainer, method, folder)
     trainer.fit()
     return trainer
@@ -171,10 +177,9 @@ def _set_flag(name: str, value: Any) -> None:
 
 
 def _load_start(
-    settings: GlobalSettings, method: Method, optimizer: Any, store: CheckpointStore, line: Timeline
+    settings: GlobalSettings, method: Method, optimizer: Any, prefix: Optional[Path], line: Timeline
 ) -> Optional[dict[str, Any]]:
-    """Resume, or pre-trained weights, or scratch: the states of the checkpoint that the run goes on from, if any."""
-    prefix = _resume_prefix(settings, store)
+    """Resume from ``prefix``, or pre-trained weights, or scratch: the states that the run goes on from, if any."""
     if prefix is None:
         if settings.pretrained_model:
             _load_pretrained(settings, method)
@@ -243,21 +248,26 @@ def _load_pretrained(settings: GlobalSettings, model: nn.Layer) -> bool:
     return is_whole
 
 
-def _open_folder(folder: Path, source: Config, going_on: bool) -> None:
-    """Make the run's folder; an earlier run that this one does not go on from is moved aside, not overwritten."""
+def _open_folder(store: CheckpointStore, source: Config, resumed: Optional[Path], step: int) -> None:
+    """Make the run's folder. What this run does not go on from (another run's files, or later steps than ``step`` of
+    the checkpoint ``resumed``) is moved aside, not overwritten.
+    """
     if not distributed.is_main():
         return
-    if not going_on and any(folder.glob(f"*{checkpoint.PARAMS}")):
-        number = 1
-        while (aside := folder.with_name(f"{folder.name}.old-{number}")).exists():
-            number += 1
+    folder = store.folder
+    moved = []
+    if resumed is not None and resumed.parent.resolve() == folder.resolve():
+        if aside := store.set_aside(after_step=step):
+            moved.append(f"{folder} held later steps than {step}: moved to {aside}")
+    elif any(folder.glob(f"*{checkpoint.PARAMS}")):
+        aside = checkpoint.unused_name(folder.with_name(f"{folder.name}.old"))
         folder.rename(aside)
-        logger.warning(
-            "%s held another run: moved to %s (-o Global.checkpoint=auto would have resumed it)",
-            folder,
-            aside,
+        moved.append(
+            f"{folder} held another run: moved to {aside} (-o Global.checkpoint=auto would have resumed that one)"
         )
     log.setup(folder / "train.log")
+    for message in moved:
+        logger.warning(message)
     (folder / "config.yaml").write_text(to_yaml(source), encoding="utf-8")
 
 

@@ -12,7 +12,8 @@ from passl.models import functional
 
 # The official trunc_normal_(std=0.02) cuts at +-2, which is 100 standard deviations: a plain normal. Paddle's
 # TruncatedNormal cuts at 2 standard deviations and would give 0.0176.
-NORMAL_002 = nn.initializer.Normal(std=0.02)
+INIT_STD = 0.02
+NORMAL_002 = nn.initializer.Normal(std=INIT_STD)
 ZERO = nn.initializer.Constant(0.0)
 ONE = nn.initializer.Constant(1.0)
 
@@ -24,10 +25,11 @@ def torch_uniform(fan_in: int) -> nn.initializer.Initializer:
 
 
 class Linear(nn.Linear):
-    """A linear layer as transformers and heads begin with officially: N(0, 0.02), bias 0. [..., in] -> [..., out]"""
+    """A linear layer as transformers and heads begin with: N(0, init_std), bias 0. [..., in] -> [..., out]"""
 
-    def __init__(self, in_dim: int, out_dim: int, bias: bool = True) -> None:
-        super().__init__(in_dim, out_dim, weight_attr=NORMAL_002, bias_attr=ZERO if bias else False)
+    def __init__(self, in_dim: int, out_dim: int, bias: bool = True, init_std: float = INIT_STD) -> None:
+        normal = nn.initializer.Normal(std=init_std)
+        super().__init__(in_dim, out_dim, weight_attr=normal, bias_attr=ZERO if bias else False)
 
     def forward(self, x: Tensor) -> Tensor:
         return functional.linear(x, self.weight, self.bias)
@@ -67,10 +69,10 @@ class DropPath(nn.Layer):
 class Mlp(nn.Layer):
     """Linear, exact (erf) GELU, linear. x: [..., dim] -> [..., dim]."""
 
-    def __init__(self, dim: int, hidden_dim: int) -> None:
+    def __init__(self, dim: int, hidden_dim: int, init_std: float = INIT_STD) -> None:
         super().__init__()
-        self.fc1 = Linear(dim, hidden_dim)
-        self.fc2 = Linear(hidden_dim, dim)
+        self.fc1 = Linear(dim, hidden_dim, init_std=init_std)
+        self.fc2 = Linear(hidden_dim, dim, init_std=init_std)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(F.gelu(self.fc1(x)))

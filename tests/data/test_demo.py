@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import json
 from pathlib import Path
 
@@ -79,17 +81,8 @@ def test_bad_arguments_are_errors(tmp_path: Path, arguments: dict) -> None:
 
 
 def test_pixels_alone_say_little_about_the_class() -> None:
-    settings = DemoSettings(
-        num_train_per_class=60,
-        num_val_per_class=20,
-        size=48,
-        seed=0,
-        copies=10,
-        clutter=0.5,
-        min_size=0.2,
-        max_size=0.28,
-        rotation=20.0,
-    )
+    defaults = {name: parameter.default for name, parameter in inspect.signature(make_demo).parameters.items()}
+    settings = DemoSettings(**{field.name: defaults[field.name] for field in dataclasses.fields(DemoSettings)})
 
     def pictures(split: int, count: int) -> np.ndarray:
         rows = [

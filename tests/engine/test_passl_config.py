@@ -152,13 +152,18 @@ def test_every_wrong_key_is_named(tmp_path):
         "Model.depth=3",
         "Loss.Train.0.CELoss.weight=0.5",
         "Global.train_loop=X",
+        "Optimizer.momentm=0.9",
     ]
     with pytest.raises(ConfigError) as found:
         checked(load(write(tmp_path, "s16"), wrong), training=True)
-    for text in ("Model.backbone.type", "Model.depth", "Loss.Train", "Global.train_loop"):
+    for text in ("Model.backbone.type", "Model.depth", "Loss.Train", "Global.train_loop", "Optimizer.momentm"):
         assert text in str(found.value)
-    with pytest.raises(ConfigError, match="Optimizer.momentm"):
-        checked(load(write(tmp_path, "s16"), ["Optimizer.momentm=0.9"]), training=True)
+
+
+@pytest.mark.parametrize("key", ["Global", "Model.backbone", "DataLoader", "DataLoader.Train", "Loss", "Metric.Eval"])
+def test_a_section_that_is_none_is_named(tmp_path, key):
+    with pytest.raises(ConfigError, match=key.replace(".", r"\.")):
+        checked(load(write(tmp_path, "s16"), [f"{key}=text"]), training=True)
 
 
 def test_a_published_file_trains(tmp_path):

@@ -47,6 +47,31 @@ def test_killed_and_resumed_run_is_bit_identical(folder, uninterrupted, killed_a
     assert losses(folder / out) == losses(folder / "whole")
 
 
+def test_going_back_leaves_the_later_steps_behind(folder, uninterrupted):
+    """After a return to the first epoch, `auto` goes on with the new branch, and nothing of the old one is lost."""
+    keep = ["-o", "Global.save_interval=1", "-o", "Global.max_num_latest_checkpoint=-1"]
+    assert train(folder, "back", *keep).returncode == 0
+    run = folder / "back/DINO"
+    back = train(folder, "back", *keep, "-o", f"Global.checkpoint={run / 'epoch_1'}", killed_at=4)
+    assert back.returncode == -9, back.stderr
+    assert "held later steps than 3" in back.stderr
+    assert {path.name for path in (run / "abandoned-1").glob("*.pdparams")} >= {"epoch_2.pdparams", "epoch_3.pdparams"}
+    tiny.assert_same_checkpoint(uninterrupted, run / "abandoned-1/latest")
+    again = train(folder, "back", *keep, "-o", "Global.checkpoint=auto")
+    assert again.returncode == 0, again.stderr
+    assert "at step 3" in again.stderr
+    tiny.assert_same_checkpoint(uninterrupted, run / "latest")
+
+
+def test_another_folders_checkpoint_does_not_overwrite_a_run(folder, uninterrupted):
+    assert train(folder, "mine", "-o", "Global.max_train_step=1").returncode == 0
+    mine = (folder / "mine/DINO/latest.pdparams").read_bytes()
+    done = train(folder, "mine", "-o", f"Global.checkpoint={uninterrupted}")
+    assert done.returncode == 0, done.stderr
+    assert "held another run" in done.stderr
+    assert (folder / "mine/DINO.old-1/latest.pdparams").read_bytes() == mine
+
+
 @pytest.mark.smoke
 def test_resumed_where_the_last_layer_is_unfrozen(folder, uninterrupted):
     """At the end of the first epoch the last layer has no moments yet."""
