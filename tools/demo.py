@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 from passl.visualize.curves import plot_run
+from passl.visualize.sheet import contact_sheet
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "configs" / "demo"
@@ -44,6 +45,7 @@ def run_demo(out: Path, seed: int) -> None:
 
     step("Draw the data: ten shapes, 500 + 100 pictures of each")
     command("passl-data", "demo", "--out", str(data))
+    print(f"a few of them: {contact_sheet(data / 'train', out / 'pictures.png')}")
     step("Baselines: k-NN on the pixels, and on the network before training")
     pixels = knn("pixels", "Model={name: RawPixels, img_size: 48}")
     untrained = knn("untrained")

@@ -190,25 +190,27 @@ def draw_picture(shape: str, settings: DemoSettings, rng: np.random.Generator) -
     """One RGB picture of `shape`, a name in SHAPES; everything else about it is drawn from `rng`."""
     contrast = 40 * settings.clutter
     picture = _with_clutter(_patchwork(settings.size, rng), settings.clutter, rng)
-    for center, radius in _places(settings, rng):
+    for y, x, radius in _places(settings, rng):
         foreground = _texture(settings.size, _bright_color(rng), contrast, rng)
-        picture = Image.composite(foreground, picture, _mask(shape, settings, center, radius, rng))
+        picture = Image.composite(foreground, picture, _mask(shape, settings, y, x, radius, rng))
     noise = rng.normal(0, contrast / 5, (settings.size, settings.size, 3))
     return _to_image(np.asarray(picture) + noise)
 
 
-def _places(settings: DemoSettings, rng: np.random.Generator) -> list[tuple[np.ndarray, float]]:
-    """Centers (row, column) and radii of the copies, as shares of the side: hardly overlapping, cut by the borders.
+def _places(settings: DemoSettings, rng: np.random.Generator) -> list[tuple[float, float, float]]:
+    """Row and column of the centre, and radius, of each copy, as shares of the side: hardly overlapping.
 
-    If the borders kept copies out, a few places would be left for them, and the pixels would give the class away.
+    The borders cut copies. If they kept copies out, few places would be left, and the pixels would give the
+    class away.
     """
-    places: list[tuple[np.ndarray, float]] = []
+    places: list[tuple[float, float, float]] = []
     for _ in range(settings.copies):
         for _ in range(50):
             radius = rng.uniform(settings.min_size, settings.max_size) / 2
             center = rng.uniform(-0.6 * radius, 1 + 0.6 * radius, 2)
-            if all(np.linalg.norm(center - other) > 0.85 * (radius + reach) for other, reach in places):
-                places.append((center, radius))
+            y, x = center.tolist()  # plain numbers: this is half of the drawing otherwise
+            if all(math.hypot(y - row, x - column) > 0.85 * (radius + reach) for row, column, reach in places):
+                places.append((y, x, radius))
                 break
     return places
 
@@ -223,12 +225,12 @@ def _to_image(values: np.ndarray) -> Image.Image:
 
 
 def _mask(
-    shape: str, settings: DemoSettings, center: np.ndarray, radius: float, rng: np.random.Generator
+    shape: str, settings: DemoSettings, y: float, x: float, radius: float, rng: np.random.Generator
 ) -> Image.Image:
-    """Where the shape is, antialiased: mode L, 255 inside. Center (row, column) and radius are shares of the side."""
+    """Where the shape is, antialiased: mode L, 255 inside. Centre and radius are shares of the side."""
     side = settings.size * _SUPERSAMPLING
     radius = radius * side * _SCALES[shape]
-    center_y, center_x = center * side
+    center_x, center_y = x * side, y * side
     angle = math.radians(rng.uniform(-settings.rotation, settings.rotation))
     stretch_x, stretch_y = rng.uniform(0.85, 1.0, 2)
     cosine, sine = radius * math.cos(angle), radius * math.sin(angle)

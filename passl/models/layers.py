@@ -93,7 +93,9 @@ class BatchNorm1D(nn.BatchNorm1D):
     @paddle.no_grad()
     def _update_statistics(self, x: Tensor) -> None:
         x = x.astype(self._mean.dtype)
-        for running, batch in ((self._mean, x.mean(0)), (self._variance, x.var(0))):
+        mean = x.mean(0)
+        variance = (x - mean).square().sum(0) / (x.shape[0] - 1.0)  # x.var(0) warns of its own type promotion
+        for running, batch in ((self._mean, mean), (self._variance, variance)):
             running.set_value(self._momentum * running + (1.0 - self._momentum) * batch)
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Optional
 
 from passl.log import read_metrics
 
-_LOSS, _METRIC, _BASELINE = "#2f6f9f", "#c2542d", "#777777"
+_LOSS, _METRIC, _BASELINE = "#2f6f9f", "#c2542d", "#555555"
+_STYLES = ("--", ":", "-.")
 
 
 def plot_run(folder: Path, target: Path, metric: str, baselines: Optional[Mapping[str, float]] = None) -> Path:
@@ -39,10 +41,11 @@ def plot_run(folder: Path, target: Path, metric: str, baselines: Optional[Mappin
     left.plot([row["step"] / scale for row in train], [row["loss"] for row in train], color=_LOSS)
     left.set(title="Training loss", xlabel="epoch")
     right.plot([row["step"] / scale for row in measured], [row[metric] for row in measured], "o-", color=_METRIC, ms=4)
-    for label, value in (baselines or {}).items():
-        right.axhline(value, color=_BASELINE, ls="--", lw=1)
-        right.annotate(f"{label} {value:.1f}", (0, value), xytext=(2, 3), textcoords="offset points", color=_BASELINE)
-    right.set(title=f"{metric}, %", xlabel="epoch", ylim=(0, None))
+    for (label, value), style in zip((baselines or {}).items(), itertools.cycle(_STYLES)):
+        right.axhline(value, color=_BASELINE, ls=style, lw=1, label=f"{label}: {value:.1f}")
+    right.set(title=f"{metric}, %", xlabel="epoch", xlim=left.get_xlim(), ylim=(0, None))
+    if baselines:
+        right.legend(frameon=False)
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)
