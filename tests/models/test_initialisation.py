@@ -7,7 +7,7 @@ import numpy as np
 import paddle
 import pytest
 
-from passl.models import DINOHead
+from passl.models import DINOHead, VisionTransformer
 from passl.registry import BACKBONES
 
 
@@ -40,3 +40,11 @@ def test_initialisation(reference):
                 assert np.isclose(np.abs(value).max(), stats["absmax"], rtol=0.05), name
             checked += 1
     assert checked
+
+
+def test_init_std_is_that_of_the_blocks_alone():
+    network = VisionTransformer(img_size=32, patch_size=8, embed_dim=64, depth=2, num_heads=2, init_std=0.125)
+    for name, parameter in network.named_parameters():
+        if name.startswith("blocks.") and parameter.ndim == 2:
+            assert abs(float(parameter.std()) / 0.125 - 1) < 0.05, name
+    assert abs(float(network.pos_embed.std()) / 0.02 - 1) < 0.15
