@@ -77,37 +77,37 @@ def read(path: PathLike) -> Any:
         raise CheckpointError(f"{path}: no such file{_neighbours(path)}")
     try:
         with path.open("rb") as file:
-            content = _NumpyUnpickler(file, encoding="latin1").load()
+            return _plain(_NumpyUnpickler(file, encoding="latin1").load())
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from None
-    except (
-        pickle.UnpicklingError,
-        EOFError,
-        ValueError,
-        TypeError,
-        AttributeError,
-        IndexError,
-        KeyError,
-        MemoryError,
-    ) as error:
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except Exception as error:  # damaged bytes are instructions to pickle and numpy: anything can come of them
         raise CheckpointError(f"{path}: damaged, or not written by Paddle ({type(error).__name__}: {error})") from error
-    return _plain(content)
 
 
 def read_weights(prefix: PathLike) -> dict[str, np.ndarray]:
-    """The state dict in ``{prefix}.pdparams`` (the suffix may be given): name -> array."""
+    """The state dict in ``{prefix}.pdparams`` (the suffix may be given): name -> array of numbers."""
     path = with_suffix(prefix, PARAMS)
     state = read(path)
-    if not isinstance(state, dict) or not state or not all(isinstance(v, np.ndarray) for v in state.values()):
+    if not isinstance(state, dict) or not state:
         raise CheckpointError(f"{path}: holds no state dict (name -> array)")
+    for name, value in state.items():
+        if not isinstance(name, str):
+            raise CheckpointError(f"{path}: holds no state dict (name -> array): the key {name!r} is no text")
+        if not isinstance(value, np.ndarray) or value.dtype.kind not in "fiub":
+            kind = value.dtype if isinstance(value, np.ndarray) else type(value).__name__
+            raise CheckpointError(f"{path}: holds no state dict (name -> array): {name!r} is no numbers, but {kind}")
     # paddle.save writes bfloat16 as its bits; as float32 they say the same.
     bits = {name: value for name, value in state.items() if value.dtype == np.uint16}
     return {**state, **{name: (value.astype(np.uint32) << 16).view(np.float32) for name, value in bits.items()}}
 
 
 def with_suffix(prefix: PathLike, suffix: str) -> Path:
-    """``prefix`` with ``suffix``; a prefix that carries one of the checkpoint suffixes already loses it first."""
-    text = str(prefix)
+    """``prefix`` with ``suffix``; a prefix that carries one of the checkpoint suffixes already loses it first, and a
+    leading ``~`` is the home folder.
+    """
+    text = os.path.expanduser(prefix)
     for known in (PARAMS, OPTIMIZER, STATES):
         if text.endswith(known):
             text = text[: -len(known)]
@@ -224,7 +224,7 @@ class CheckpointStore:
     def __init__(self, folder: PathLike, max_num_latest: int = 0) -> None:
         if max_num_latest < -1:
             raise ValueError(f"max_num_latest_checkpoint ({max_num_latest}) must be -1 (all), 0 (none) or a number")
-        self.folder = Path(folder)
+        self.folder = Path(os.path.expanduser(folder))
         self.max_num_latest = max_num_latest
 
     def save(
@@ -237,8 +237,9 @@ class CheckpointStore:
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         prefix = self.folder / name
-        write(dict(params), with_suffix(prefix, PARAMS))
-        write(dict(optimizer), with_suffix(prefix, OPTIMIZER))
+        # In one order: a resumed optimizer gives its entries in another than one that never stopped.
+        write(_sorted(params), with_suffix(prefix, PARAMS))
+        write(_sorted(optimizer), with_suffix(prefix, OPTIMIZER))
         checksums = {suffix: _checksum(with_suffix(prefix, suffix)) for suffix in (PARAMS, OPTIMIZER)}
         write({**states, "checksums": checksums}, with_suffix(prefix, STATES))
         for alias in ["latest", "best"] if best else ["latest"]:
@@ -255,9 +256,9 @@ class CheckpointStore:
         candidates = []
         for path in self.folder.glob(f"*{STATES}"):
             try:
-                candidates.append((read(path)["step"], path.name == f"latest{STATES}", with_suffix(path, "")))
-            except (CheckpointError, KeyError, TypeError) as error:
-                logger.warning("checkpoint skipped: %s: %s", path, error)
+                candidates.append((_run_states(path)["step"], path.name == f"latest{STATES}", with_suffix(path, "")))
+            except CheckpointError as error:
+                logger.warning("checkpoint skipped: %s", error)
         for *_, prefix in sorted(candidates, reverse=True):
             try:
                 read_states(prefix)
@@ -277,8 +278,8 @@ class CheckpointStore:
         """
         later = []
         for path in self.folder.glob(f"*{STATES}"):
-            with contextlib.suppress(CheckpointError, KeyError, TypeError):
-                if read(path)["step"] > after_step:
+            with contextlib.suppress(CheckpointError):
+                if _run_states(path)["step"] > after_step:
                     later.append(with_suffix(path, ""))
         if not later:
             return None
@@ -318,9 +319,7 @@ def read_states(prefix: PathLike) -> dict[str, Any]:
     Raises:
         CheckpointError: a file is missing or damaged, or the three were not saved together.
     """
-    states = read(with_suffix(prefix, STATES))
-    if not isinstance(states, dict) or "checksums" not in states or "step" not in states:
-        raise CheckpointError(f"{with_suffix(prefix, STATES)}: not the state of a passl run")
+    states = _run_states(with_suffix(prefix, STATES))
     for suffix, expected in states["checksums"].items():
         path = with_suffix(prefix, suffix)
         if not path.is_file():
@@ -328,6 +327,21 @@ def read_states(prefix: PathLike) -> dict[str, Any]:
         if _checksum(path) != expected:
             raise CheckpointError(f"{path}: damaged, or not saved together with {Path(prefix).name}{STATES}")
     return states
+
+
+def _run_states(path: Path) -> dict[str, Any]:
+    states = read(path)
+    known = states if isinstance(states, dict) else {}
+    checksums = known.get("checksums")
+    if not isinstance(known.get("step"), int) or not isinstance(checksums, dict):
+        raise CheckpointError(f"{path}: not the state of a passl run")
+    if set(checksums) != {PARAMS, OPTIMIZER}:
+        raise CheckpointError(f"{path}: has checksums of {sorted(checksums, key=str)}, not of the other two files")
+    return known
+
+
+def _sorted(state: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: _sorted(value) if isinstance(value, dict) else value for key, value in sorted(state.items())}
 
 
 def _checksum(path: Path) -> int:

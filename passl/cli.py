@@ -7,6 +7,7 @@ import contextlib
 import io
 import os
 import sys
+import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -78,14 +79,16 @@ def _config_parser(name: str, description: str) -> argparse.ArgumentParser:
         help="change one value of the configuration, typed as in YAML; may be given many times",
     )  # fmt: skip
     parser.add_argument(
-        "--check", action="store_true", help="check the whole configuration, list every error, build nothing"
-    )
+        "--check", action="store_true",
+        help="check the whole configuration, list every error, build nothing (files in a folder _base_ may be partial)",
+    )  # fmt: skip
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")
     return parser
 
 
 def _run(options: argparse.Namespace, training: bool) -> None:
     from passl.config import ConfigError, load, to_yaml
+    from passl.schema import MISSING
 
     try:
         config = load(options.config, options.override)
@@ -95,7 +98,13 @@ def _run(options: argparse.Namespace, training: bool) -> None:
         _import_paddle()
         from passl.engine import run
 
-        ready = run.checked(config, training)
+        try:
+            ready = run.checked(config, training)
+        except ConfigError as error:
+            is_piece = options.check and Path(options.config).resolve().parent.name == "_base_"
+            problems = [text for text in error.problems if not (is_piece and text.endswith(MISSING))]
+            if problems:
+                raise ConfigError(problems) from None
         if options.print_config:
             print(to_yaml(config), end="")
         if options.check:
@@ -114,11 +123,26 @@ def _guarded(function: object, *arguments: object) -> None:
     from passl.engine.trainer import NonFiniteLossError
 
     try:
-        function(*arguments)
+        try:
+            function(*arguments)
+        except BaseException:
+            _outlive_this_process()
+            raise
     except ConfigError as error:
         _stop(error, CONFIG_ERROR)
     except (CheckpointError, BadSamplesError, NonFiniteLossError, OSError) as error:
         _stop(error, RUN_ERROR)
+
+
+def _outlive_this_process() -> None:
+    """Keep the connections of a failing process open for some seconds after its end, in an idle child.
+
+    Otherwise the first process fails a moment later, of the broken connection, and the launcher, which looks once a
+    second, shows that failure instead of this one.
+    """
+    if int(os.environ.get("PADDLE_TRAINER_ID") or 0) > 0 and hasattr(os, "fork") and os.fork() == 0:
+        time.sleep(8)
+        os._exit(0)
 
 
 def _stop(error: Exception, code: int) -> None:
@@ -137,7 +161,13 @@ def _import_paddle() -> None:
     warnings.filterwarnings("ignore", message=".*ccache.*")
     printed = io.StringIO()
     with contextlib.redirect_stderr(printed):
-        import paddle  # noqa: F401
+        try:
+            import paddle  # noqa: F401
+        except ModuleNotFoundError as error:
+            if error.name != "paddle":
+                raise
+            problem = 'PaddlePaddle is not installed: pip install "passl[cpu]", or "passl[gpu]" for CUDA'
+            raise SystemExit(f"error: {problem}") from None
     for line in printed.getvalue().splitlines():
         if "OMP_NUM_THREADS" not in line:
             print(line, file=sys.stderr)

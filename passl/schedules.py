@@ -59,6 +59,14 @@ def constant(timeline: Timeline, value: float) -> Schedule:
     return lambda step: value
 
 
+def _check_warmup(key: str, warmup: Duration, warmup_length: int, length: int, unit: str) -> None:
+    if warmup_length > length:
+        raise ValueError(
+            f"{key} ({warmup}) is {warmup_length} {unit}s, longer than the run of {length} {unit}(s): the schedule "
+            f"would never reach its peak. Lower {key} or raise Global.epochs"
+        )
+
+
 @SCHEDULES.register("Cosine")
 def cosine(
     timeline: Timeline,
@@ -75,9 +83,12 @@ def cosine(
     before ``final``. With ``base == final`` it is a warm-up to a constant: the teacher temperature.
 
     Args:
-        warmup: a duration, see :meth:`Timeline.steps`.
+        warmup: a duration up to the whole run, see :meth:`Timeline.steps`.
         per_epoch: the value changes at the start of each epoch instead of at each step.
         reference_batch_size: ``base`` is multiplied by global batch size / this (the linear rule for learning rates).
+
+    Raises:
+        ValueError: a warm-up longer than the run, or a wrong duration or batch size.
     """
     if reference_batch_size is not None:
         if reference_batch_size <= 0:
@@ -86,6 +97,7 @@ def cosine(
     clock = timeline.by_epoch if per_epoch else timeline
     # Through steps, because "500it" and "5%" are not whole epochs.
     warmup_length = timeline.steps(warmup)
+    _check_warmup("warmup", warmup, warmup_length, timeline.total_steps, "step")
     if per_epoch:
         warmup_length = math.ceil(warmup_length / timeline.steps_per_epoch)
     cosine_length = clock.total_steps - warmup_length
@@ -116,12 +128,16 @@ def timm_cosine(
 
     ``learning_rate`` is final: it is not scaled by the batch. ``last_epoch`` is accepted because published configs
     carry it; where a run goes on is decided by its checkpoint alone.
+
+    Raises:
+        ValueError: a warm-up longer than the run, or an unknown ``decay_unit``.
     """
     if decay_unit not in ("epoch", "step"):
         raise ValueError(f"decay_unit ({decay_unit!r}) must be 'epoch' or 'step'")
     per_epoch = decay_unit == "epoch"
     length = timeline.by_epoch.total_steps if per_epoch else timeline.total_steps
     warmup_length = warmup_epoch if per_epoch else warmup_epoch * timeline.steps_per_epoch
+    _check_warmup("warmup_epoch", warmup_epoch, warmup_length, length, decay_unit)
 
     def value(step: int) -> float:
         position = step // timeline.steps_per_epoch if per_epoch else step

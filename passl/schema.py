@@ -26,6 +26,8 @@ from typing import Any, Callable, Optional, Union
 from passl.registry import SLOTS, SUPPLIED, Registry, did_you_mean
 from passl.yaml_io import ConfigError, show
 
+MISSING = ("is required", "needs this argument")  # how the problems of missing keys end
+
 Path = tuple  # of dict keys (str) and list indices (int)
 
 _SCALARS = (bool, int, float, str)
@@ -95,7 +97,7 @@ class _Checker:
             schema = schema.schema
         if value is None:
             if required:
-                self.report(path, "is required")
+                self.report(path, MISSING[0])
         elif isinstance(schema, dict):
             self.section(value, schema, path)
         elif isinstance(schema, list):
@@ -118,7 +120,7 @@ class _Checker:
                 self.report((*path, key), f"no such key. {did_you_mean(key, schema)}")
         for key, item in schema.items():
             if isinstance(item, Required) and key not in value and key != "*":
-                self.report((*path, key), "is required")
+                self.report((*path, key), MISSING[0])
 
     def items(self, value: Any, schema: Any, path: Path) -> None:
         if not isinstance(value, list):
@@ -175,7 +177,7 @@ class _Checker:
                 self.typed(value, parameters[key].annotation, here)
         for key, parameter in parameters.items():
             if parameter.default is parameter.empty and key not in given and key not in provided:
-                self.report((*path, key), f"{owner} needs this argument", set_at=(*path, "name"))
+                self.report((*path, key), f"{owner} {MISSING[1]}", set_at=(*path, "name"))
 
     def slot(self, value: Any, name: str, path: Path) -> None:
         schema = Component(SLOTS[name], SUPPLIED.get(name, ()))

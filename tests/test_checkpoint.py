@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import pickle
 
 import numpy as np
@@ -56,6 +57,84 @@ def test_other_files_are_refused(tmp_path, content):
     (tmp_path / "w.pdparams").write_bytes(content)
     with pytest.raises(CheckpointError, match=r"w\.pdparams"):
         checkpoint.read_weights(tmp_path / "w")
+
+
+def damaged(kind):
+    """Files that make pickle or numpy fail in ways of their own."""
+    if kind == "a count beyond all memory":  # OverflowError
+        return b"\x80\x04\x8e" + b"\xff" * 8
+    if kind == "too deep":  # RecursionError
+        return b"\x80\x04" + b"(" + b"]" * 1 + b"\x8c\x01w" + b"]" * 5000 + b"a" * 4999 + b"\x86."
+    content = pickle.dumps({"w": np.ones(3, np.float32)}, protocol=4)
+    return content.replace(b"ndarray", b"dtype\x8c\x00", 1) if kind == "another class" else content[:-20] + b"."
+
+
+@pytest.mark.parametrize("kind", ["a count beyond all memory", "too deep", "another class", "a tail that is gone"])
+def test_damaged_files_are_refused(tmp_path, kind):
+    (tmp_path / "w.pdparams").write_bytes(damaged(kind))
+    with pytest.raises(CheckpointError, match=r"w\.pdparams"):
+        checkpoint.read_weights(tmp_path / "w")
+
+
+def test_every_cut_and_many_changed_bytes_are_refused_or_read(tmp_path):
+    """A damaged file gives weights or a CheckpointError, nothing else."""
+    path = tmp_path / "w.pdparams"
+    whole = pickle.dumps({"a": np.ones((2, 3), np.float32), "b": np.arange(3)}, protocol=4)
+    rng = np.random.default_rng(0)
+    variants = [whole[:length] for length in range(len(whole))]
+    for _ in range(3000):
+        bytes_ = bytearray(whole)
+        bytes_[rng.integers(len(bytes_))] = rng.integers(256)
+        variants.append(bytes(bytes_))
+    for content in variants:
+        path.write_bytes(content)
+        with contextlib.suppress(CheckpointError):
+            checkpoint.read_weights(path)
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        ({0: np.ones(2)}, "the key 0 is no text"),
+        ({"w": np.array([None, "x"], object)}, "'w' is no numbers, but object"),
+        ({"w": np.array(["x"])}, "'w' is no numbers, but <U1"),
+        ({"w": [1.0]}, "'w' is no numbers, but list"),
+        ([np.ones(2)], "holds no state dict"),
+    ],
+)
+def test_what_is_no_state_dict_is_refused(tmp_path, state, message):
+    (tmp_path / "w.pdparams").write_bytes(pickle.dumps(state))
+    with pytest.raises(CheckpointError, match=message):
+        checkpoint.read_weights(tmp_path / "w")
+
+
+def test_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert checkpoint.with_suffix("~/run/latest.pdopt", ".pdparams") == tmp_path / "run/latest.pdparams"
+    assert CheckpointStore("~/run").folder == tmp_path / "run"
+
+
+def test_the_order_of_a_file_is_not_that_of_the_state(tmp_path):
+    one, two = paddle.ones([1]), paddle.zeros([1])
+    store = CheckpointStore(tmp_path)
+    for name, order in (("epoch_1", (0, 1)), ("epoch_2", (1, 0))):
+        entries = [("a", one), ("b", two)]
+        state = dict([entries[number] for number in order])
+        store.save(name, state, {"master_weights": state, **state}, {"step": 1})
+        optimizer = checkpoint.read(tmp_path / "latest.pdopt")
+        assert list(checkpoint.read(tmp_path / "latest.pdparams")) == ["a", "b"]
+        assert (list(optimizer), list(optimizer["master_weights"])) == (["a", "b", "master_weights"], ["a", "b"])
+
+
+@pytest.mark.parametrize("states", [["step"], np.ones(2), {"step": "1", "checksums": {}}, {"step": 9, "checksums": {}}])
+def test_foreign_states_do_not_hide_a_whole_set(tmp_path, states):
+    store = CheckpointStore(tmp_path, max_num_latest=-1)
+    store.save("epoch_1", {"w": paddle.ones([1])}, {"m": paddle.ones([1])}, {"step": 1})
+    (tmp_path / "foreign.pdstates").write_bytes(pickle.dumps(states))
+    assert checkpoint.read_states(store.newest_intact())["step"] == 1
+    assert store.set_aside(after_step=1) is None
+    with pytest.raises(CheckpointError, match=r"foreign\.pdstates"):
+        checkpoint.read_states(tmp_path / "foreign")
 
 
 def test_a_missing_file_names_its_neighbours(tmp_path):

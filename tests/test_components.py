@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 import passl.engine.settings
+from passl.cli import train_main
 from passl.config import load
 from passl.engine.run import checked
 from passl.models import DINOHead, VisionTransformer
@@ -145,7 +146,7 @@ def test_evaluators(name, images, tmp_path):
 @pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: path.stem)
 def test_recipes(path):
     if "_base_" in path.parts:
-        load(path)  # a piece of a recipe, not one by itself
+        train_main(["-c", str(path), "--check"])  # a piece of a recipe: it may be partial, not wrong
         return
     is_trained = "Optimizer" in load(path)
     checked(load(path), training=is_trained)

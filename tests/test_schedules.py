@@ -64,9 +64,35 @@ def test_learning_rate_follows_the_global_batch():
         cosine(line, 0.0005, reference_batch_size=0)
 
 
-def test_warmup_longer_than_the_run_stays_in_the_warmup():
-    schedule = cosine(Timeline(4, 2), 1.0, warmup="10it")
-    np.testing.assert_allclose([schedule(s) for s in range(4)], np.arange(4) / 9)
+@pytest.mark.parametrize("per_epoch", [False, True])
+@pytest.mark.parametrize(
+    ("warmup", "text"),
+    [
+        ("5it", r"warmup \(5it\) is 5 steps, longer than the run of 4 step.*Lower warmup or raise Global.epochs"),
+        ("10ep", r"warmup \(10ep\) is 20 steps, longer than the run of 4 step"),
+        (3, r"warmup \(3\) is 6 steps"),
+        ("200%", r"warmup \(200%\) is 8 steps"),
+    ],
+)
+def test_warmup_longer_than_the_run(warmup, text, per_epoch):
+    with pytest.raises(ValueError, match=text):
+        cosine(Timeline(4, 2), 1.0, warmup=warmup, per_epoch=per_epoch)
+
+
+@pytest.mark.parametrize("unit", ["epoch", "step"])
+def test_timm_warmup_longer_than_the_run(unit):
+    text = r"warmup_epoch \(3\) is .* longer than the run of .*Lower warmup_epoch or raise Global.epochs"
+    with pytest.raises(ValueError, match=text):
+        timm_cosine(Timeline(4, 2), 1.0, decay_unit=unit, warmup_epoch=3)
+
+
+@pytest.mark.parametrize("warmup", ["4it", "2ep", 2, "100%"])
+def test_warmup_as_long_as_the_run(warmup):
+    line = Timeline(4, 2)
+    np.testing.assert_allclose([cosine(line, 1.0, warmup=warmup)(s) for s in range(4)], np.arange(4) / 3)
+    assert [cosine(line, 1.0, warmup=warmup, per_epoch=True)(s) for s in range(4)] == [0, 0, 1, 1]
+    assert [timm_cosine(line, 1.0, warmup_epoch=2)(s) for s in range(4)] == [0, 0, 0.5, 0.5]
+    assert [timm_cosine(line, 1.0, "step", warmup_epoch=2)(s) for s in range(4)] == [0, 0.25, 0.5, 0.75]
 
 
 def test_constant():

@@ -18,6 +18,7 @@ from passl.registry import DATASETS, did_you_mean
 
 PathLike = Union[str, os.PathLike]
 _MAX_PROBLEMS_SHOWN = 10
+_MAX_LABEL = 2**63 - 1  # labels are int64
 
 
 class ImageFiles:
@@ -26,7 +27,7 @@ class ImageFiles:
     Attributes:
         paths: of the files, in the data set's order.
         labels: int64 array [len(paths)], or None.
-        class_names: the class of label i is `class_names[i]`; empty without labels.
+        class_names: the class of label i is `class_names[i]`; empty without labels, or where they are only numbers.
         max_bad_samples: how many different unreadable files a `Loader` replaces before it gives up.
     """
 
@@ -113,7 +114,7 @@ class ImageList(ImageFiles):
 
     - `root` alone: every image in the folder and its sub-folders, sorted, without labels.
     - `list_file` ending in `.csv`: columns `path` and, optionally, `label`; further columns are ignored.
-      Labels are whole numbers from 0, or class names.
+      Labels are whole numbers from 0, which need no names, or class names.
     - any other `list_file`: one path per line, without labels.
 
     Both kinds are UTF-8. Relative paths start from `root` or, without it, from the list's own folder. Class
@@ -240,12 +241,15 @@ def _parse_csv(text: str, list_file: Path) -> tuple[list[str], Optional[list[str
 def _number_labels(
     names: list[str], class_names: Optional[Sequence[str]], list_file: PathLike
 ) -> tuple[list[int], list[str]]:
-    """Labels and class names for the texts in a list's label column."""
+    """Labels and class names for the texts in a list's label column; labels that are numbers have no names."""
     if class_names is None and all(re.fullmatch(r"[+-]?\d+", name) for name in names):
         labels = [int(name) for name in names]
-        if min(labels) < 0:
-            raise ValueError(f"{os.fspath(list_file)}: labels must be whole numbers from 0 or names, not {min(labels)}")
-        return labels, [str(label) for label in range(max(labels) + 1)]
+        for label in (min(labels), max(labels)):
+            if not 0 <= label <= _MAX_LABEL:
+                raise ValueError(
+                    f"{os.fspath(list_file)}: labels must be whole numbers from 0 to {_MAX_LABEL} or names, not {label}"
+                )
+        return labels, []
     class_names = sorted(set(names)) if class_names is None else [str(name) for name in class_names]
     label_of = {name: label for label, name in enumerate(class_names)}
     if len(label_of) != len(class_names):

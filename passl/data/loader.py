@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Optional
 
 import numpy as np
@@ -107,7 +107,7 @@ class Loader:
     """Loads the batches of `sampler` from `dataset`, in this process or with worker processes.
 
     Files that cannot be read are replaced by other samples, reported through the logger "passl" and collected
-    in `bad_samples`.
+    in `bad_samples`. With several processes the limit holds for all together, in `share_bad_samples`.
 
     Args:
         seed: of the samples' randomness; use the same on all processes.
@@ -138,6 +138,7 @@ class Loader:
         self.prefetch_factor = prefetch_factor
         self.use_shared_memory = use_shared_memory
         self._reason_of_bad_path: dict[str, str] = {}
+        self._unshared: list[tuple[str, str]] = []
 
     @property
     def steps_per_epoch(self) -> int:
@@ -145,8 +146,27 @@ class Loader:
 
     @property
     def bad_samples(self) -> list[tuple[str, str]]:
-        """(path, reason) of every unreadable file met so far by this process."""
+        """(path, reason) of every unreadable file met so far by this process and, once shared, by the others."""
         return list(self._reason_of_bad_path.items())
+
+    @property
+    def num_unshared_bad_samples(self) -> int:
+        """Unreadable files that this process met since `share_bad_samples`."""
+        return len(self._unshared)
+
+    def share_bad_samples(self, gather: Callable[[Any], list[Any]]) -> None:
+        """Name and count those of all processes together; to be called by all at the same step.
+
+        Args:
+            gather: a value -> the values of all processes, in the same order on each.
+
+        Raises:
+            BadSamplesError: on all processes, if more than `max_bad_samples` files cannot be read.
+        """
+        for samples in gather(self._unshared):
+            self._note(samples)
+        self._unshared = []
+        self._check_limit()
 
     def iterate(self, start_step: int = 0, stop_step: Optional[int] = None) -> Iterator[dict[str, Any]]:
         """The batches of the steps `start_step .. stop_step - 1`: dicts of Paddle tensors, or of numpy arrays
@@ -160,7 +180,7 @@ class Loader:
         Worker processes start at the first batch and stay until the last one: call this once for a whole run.
 
         Raises:
-            BadSamplesError: more than the data set's `max_bad_samples` files cannot be read.
+            BadSamplesError: more than the data set's `max_bad_samples` files cannot be read (one process), or none.
             Exception: what the data set or a transform raised; its cause names the sample and its file.
         """
         batches = self.sampler.batches(start_step, stop_step)
@@ -179,13 +199,25 @@ class Loader:
         )
 
     def _note_bad_samples(self, loaded: LoadedBatch) -> None:
+        self._unshared += self._note(loaded.bad_samples)
+        if self.sampler.world_size == 1:  # one of several that stopped by itself would leave the others waiting
+            self._check_limit()
+        if loaded.arrays is None:
+            raise BadSamplesError("all image files", self.bad_samples)
+
+    def _note(self, samples: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+        """Log and keep those that are new, and return them."""
         limit = self.dataset.max_bad_samples
-        for path, reason in loaded.bad_samples:
+        new = []
+        for path, reason in samples:
             if path not in self._reason_of_bad_path:
                 self._reason_of_bad_path[path] = reason
                 count = len(self._reason_of_bad_path)
                 logger.warning("unreadable image %d (of at most %d) replaced: %s: %s", count, limit, path, reason)
+                new.append((path, reason))
+        return new
+
+    def _check_limit(self) -> None:
+        limit = self.dataset.max_bad_samples
         if len(self._reason_of_bad_path) > limit:
             raise BadSamplesError(f"more than max_bad_samples ({limit}) image files", self.bad_samples)
-        if loaded.arrays is None:
-            raise BadSamplesError("all image files", self.bad_samples)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Optional
 
 from paddle import nn
 
 from passl import distributed
 from passl.config import Config, ConfigError, component_parts
+from passl.data.datasets import ImageFiles
 from passl.data.loader import EpochSampler, Loader
 from passl.data.transforms import Compose
 from passl.engine.optim import Optimizer
@@ -90,13 +91,10 @@ def train_loader(config: Config, seed: int) -> Loader:
         )
     except ValueError as error:
         raise ConfigError([f"DataLoader.Train.sampler: {error}"]) from error
-    return Loader(
-        dataset,
-        sampler,
-        num_workers=loading.num_workers,
-        seed=seed,
-        use_shared_memory=loading.use_shared_memory,
-    )
+    try:
+        return Loader(dataset, sampler, loading.num_workers, seed, use_shared_memory=loading.use_shared_memory)
+    except ValueError as error:
+        raise ConfigError([f"DataLoader.Train.loader: {error}"]) from error
 
 
 def timeline(loader: Loader, epochs: int) -> Timeline:
@@ -123,14 +121,55 @@ def optimizer(config: Config, method: Method) -> Optimizer:
     return component(config["Optimizer"], OPTIMIZERS, "Optimizer", groups=method.param_groups())
 
 
-def evaluators(config: Config) -> list[Evaluator]:
-    """Section ``Evaluators``, after the accuracy on ``DataLoader.Eval`` where that is given."""
-    found: list[Evaluator] = []
+def evaluators(config: Config, subject: nn.Layer) -> list[Evaluator]:
+    """Section ``Evaluators``, after the accuracy on ``DataLoader.Eval`` where that is given.
+
+    Raises:
+        ConfigError: one of them cannot measure ``subject``, or its data cannot be used.
+    """
+    found: dict[str, Evaluator] = {}
     section: Optional[Mapping] = (config.get("DataLoader") or {}).get("Eval")
     if section is not None:
         dataset = component(section["dataset"], DATASETS, "DataLoader.Eval.dataset")
         loading = LoaderSettings(**(section.get("loader") or {}))
-        found.append(Classification(dataset, section["sampler"]["batch_size"], loading.num_workers))
+        try:
+            found["DataLoader.Eval"] = Classification(dataset, section["sampler"]["batch_size"], loading.num_workers)
+        except ValueError as error:
+            raise ConfigError([f"DataLoader.Eval: {error}"]) from error
     for number, spec in enumerate(config.get("Evaluators") or []):
-        found.append(component(spec, EVALUATORS, f"Evaluators.{number}"))
-    return found
+        found[f"Evaluators.{number}"] = component(spec, EVALUATORS, f"Evaluators.{number}")
+    problems = [
+        f"{where}: {type(evaluator).__name__} measures predicted classes, and {type(subject).__name__} has none"
+        for where, evaluator in found.items()
+        if evaluator.subject == "method" and not hasattr(subject, "predict")
+    ]
+    if problems:
+        raise ConfigError(problems)
+    return list(found.values())
+
+
+def check_labels(model: nn.Layer, train: Optional[ImageFiles], evaluators: Sequence[Evaluator]) -> None:
+    """A model that predicts classes needs labels below ``num_classes``, the same in training and evaluation.
+
+    Raises:
+        ConfigError: with all problems.
+    """
+    num_classes = getattr(model, "num_classes", None)
+    if num_classes is None:
+        return
+    datasets = {} if train is None else {"DataLoader.Train": train}
+    datasets.update({type(e).__name__: e.dataset for e in evaluators if isinstance(e, Classification)})
+    problems = []
+    for where, dataset in datasets.items():
+        if dataset.labels is None:
+            problems.append(f"{where}: {type(model).__name__} needs labels: class folders (ImageFolder), or a csv list")
+        elif dataset.labels.max() >= num_classes:
+            problems.append(f"{where}: a label is {dataset.labels.max()}, and Model.num_classes is {num_classes}")
+        elif train is not None and dataset.class_names and train.class_names not in ([], dataset.class_names):
+            odd = sorted(set(dataset.class_names) ^ set(train.class_names)) or dataset.class_names
+            problems.append(
+                f"{where}: its classes are not those of DataLoader.Train, so labels would not agree; only in one of "
+                f"them, or in another order: {', '.join(odd[:10])}"
+            )
+    if problems:
+        raise ConfigError(problems)

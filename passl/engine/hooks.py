@@ -17,6 +17,7 @@ from tqdm import tqdm
 import passl
 from passl import distributed
 from passl.checkpoint import CheckpointStore
+from passl.data.loader import Loader
 from passl.engine.trainer import Trainer
 from passl.evaluators.evaluator import Evaluator, evaluate
 from passl.log import Average, MetricsFile, duration
@@ -91,23 +92,25 @@ class LogHook:
                 if isinstance(value, (int, float)) and name != "epoch":
                     self._writer.add_scalar(tag=f"{phase}/{name}", step=step, value=value)
 
-    def _flush(self) -> None:
+    def _flush(self, loader: Loader) -> None:
         """Read the scalars of the steps since the last line, from all processes: the only place that waits for the
-        device.
+        device, and for the other processes' unreadable files.
         """
         names = list(self._pending[0][0])
         totals = paddle.stack(
             [paddle.stack([outputs[n].astype("float32") for n in names]) * size for outputs, size in self._pending]
         ).sum(0)
-        packed = paddle.concat([totals, paddle.to_tensor([float(sum(size for _, size in self._pending))])])
-        *sums, count = distributed.all_reduce_sum_(packed).tolist()
+        counts = [float(sum(size for _, size in self._pending)), float(loader.num_unshared_bad_samples)]
+        *sums, count, num_bad = distributed.all_reduce_sum_(paddle.concat([totals, paddle.to_tensor(counts)])).tolist()
+        if num_bad:
+            loader.share_bad_samples(distributed.gather_objects)
         for name, total in zip(names, sums):
             for averages in (self._recent, self._epoch):
                 averages.setdefault(name, Average()).update(total / count, int(count))
         self._pending.clear()
 
     def _print(self, trainer: Trainer, step_in_epoch: int) -> None:
-        self._flush()
+        self._flush(trainer.loader)
         metrics = {name: average.mean for name, average in self._recent.items()}
         batch_cost, reader_cost = self._batch_cost.mean, self._reader_cost.mean
         ips = self._samples.mean / batch_cost if batch_cost else 0.0
@@ -143,10 +146,13 @@ class EvaluationHook:
     best.
     """
 
-    def __init__(self, evaluators: Sequence[Evaluator], interval: int, log: LogHook, folder: Path) -> None:
+    def __init__(
+        self, evaluators: Sequence[Evaluator], interval: int, log: LogHook, checkpoints: CheckpointHook, folder: Path
+    ) -> None:
         self.evaluators = list(evaluators)
         self.interval = interval
         self.log = log
+        self.checkpoints = checkpoints
         self.folder = folder
 
     def before_train(self, trainer: Trainer) -> None:
@@ -158,12 +164,11 @@ class EvaluationHook:
             return
         trainer.check_finite()
         started = time.perf_counter()
-        results: dict[str, float] = {}
-        for evaluator in self.evaluators:
-            # Weights that were cast to half precision need inputs that are cast too.
-            with trainer.precision.autocast() if trainer.precision.level == "O2" else contextlib.nullcontext():
-                results.update(evaluate(evaluator, trainer.method, self.folder))
-        trainer.method.train()
+        try:
+            results = self._evaluate(trainer)
+        except Exception:
+            self.checkpoints.save(trainer, is_best=False)  # what was trained up to here is not lost with the run
+            raise
         epoch = trainer.epoch + 1
         shown = ", ".join(f"{name}: {value:.5f}" for name, value in results.items())
         logger.info("[Eval][Epoch %d][Avg] %s, time: %.1f s", epoch, shown, time.perf_counter() - started)
@@ -179,6 +184,15 @@ class EvaluationHook:
             trainer.progress["best_epoch"],
         )
         self.log.record(trainer.step, {"epoch": epoch, **results}, "eval")
+
+    def _evaluate(self, trainer: Trainer) -> dict[str, float]:
+        results: dict[str, float] = {}
+        for evaluator in self.evaluators:
+            # Weights that were cast to half precision need inputs that are cast too.
+            with trainer.precision.autocast() if trainer.precision.level == "O2" else contextlib.nullcontext():
+                results.update(evaluate(evaluator, trainer.method, self.folder))
+        trainer.method.train()
+        return results
 
     def after_train(self, trainer: Trainer) -> None:
         """Nothing: the last step was evaluated."""
@@ -198,16 +212,18 @@ class CheckpointHook:
     def after_step(self, trainer: Trainer) -> None:
         is_last = trainer.step == trainer.stop_step
         is_best = bool(trainer.progress.get("is_best"))
-        if not (trainer.step % self.interval == 0 or is_last or is_best):
-            return
+        if trainer.step % self.interval == 0 or is_last or is_best:
+            self.save(trainer, is_best)
+
+    def save(self, trainer: Trainer, is_best: bool) -> None:
         trainer.check_finite()
         trainer.check_weights()  # on every process: they are equal, so all stop
         if not distributed.is_main():
             return
         try:
-            save(self.store, trainer, self.description, best=is_best)
+            _save(self.store, trainer, self.description, best=is_best)
         except OSError as error:
-            if is_last:
+            if trainer.step == trainer.stop_step:
                 raise
             logger.error(
                 "checkpoint of step %d was not saved (%s); the run goes on, the next one will be tried",
@@ -219,7 +235,7 @@ class CheckpointHook:
         """Nothing: the last step was saved."""
 
 
-def save(store: CheckpointStore, trainer: Trainer, description: dict[str, Any], best: bool) -> None:
+def _save(store: CheckpointStore, trainer: Trainer, description: dict[str, Any], best: bool) -> None:
     """Write the trainer's whole state; ``description`` (config, world size ...) goes along."""
     name = f"epoch_{trainer.epoch + 1}" if trainer.at_epoch_end else f"step_{trainer.step}"
     states = {

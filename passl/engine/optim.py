@@ -8,7 +8,7 @@ decay of the step that follows.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, Optional
 
 import numpy as np
@@ -21,6 +21,10 @@ ParamGroup = dict  # {"params": list of parameters, "weight_decay": factor on th
 CLIP_MODES = ("each", "global")
 HALF_PRECISION = (paddle.float16, paddle.bfloat16)
 _VELOCITY, _MASTER = "_velocity_0", "_fp32_master_0"
+_MOMENTS, _POWERS = ("_moment1_0", "_moment2_0"), ("_beta1_pow_acc_0", "_beta2_pow_acc_0")
+_CLASS = "optimizer"  # the entry of a state that says whose it is; older files have none
+_MASTERS = "master_weights"
+_WRITERS = {**dict.fromkeys((*_MOMENTS, *_POWERS), "AdamW"), _VELOCITY: "Momentum or LARS"}
 
 
 class Optimizer:
@@ -100,16 +104,70 @@ class Optimizer:
             parameter.clear_gradient(False)
 
     def state_dict(self) -> dict[str, Any]:
-        """Moments and counters, keyed by parameter name + what they are."""
+        """Moments and counters, keyed by parameter name + what they are; nothing of parameters that never stepped."""
         raise NotImplementedError
 
     def load_state_dict(self, state: Mapping[str, np.ndarray]) -> None:
         """The opposite of :meth:`state_dict`.
 
         Raises:
-            CheckpointError: an entry belongs to no parameter of this optimizer, or has another shape.
+            CheckpointError: another optimizer saved the state; an entry belongs to no parameter or has another shape; a
+                parameter has some of its entries, but not all. Nothing is changed.
         """
         raise NotImplementedError
+
+    def _layouts(self, name: str) -> tuple[set[str], set[str]]:
+        """Keys of all entries of the parameter ``name`` in full and in half precision, masters as entries."""
+        raise NotImplementedError
+
+    def _checked(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        """``state`` without the name of its optimizer, once it is sure that it fits: Paddle would skip silently what
+        it does not know, and start anew what is not there.
+
+        A parameter has all of its entries, or none: the last layer of a head may not have stepped yet.
+        """
+        if not isinstance(state, Mapping):
+            raise CheckpointError(f"the optimizer state is no mapping of names, but {type(state).__name__}")
+        entries = dict(state)
+        writer = str(entries.pop(_CLASS, ""))
+        flat = {key: value for key, value in entries.items() if key != _MASTERS}
+        masters = entries.get(_MASTERS, {})
+        if not isinstance(masters, Mapping):
+            raise CheckpointError(f"{_MASTERS} of the optimizer state is no mapping, but {type(masters).__name__}")
+        flat.update((f"{name}{_MASTER}", value) for name, value in masters.items())
+        if not writer:
+            writer = self._guess_writer(flat)
+        if writer != type(self).__name__:
+            raise CheckpointError(
+                f"the optimizer state was saved by {writer}, this is {type(self).__name__}: use the same Optimizer, or "
+                "start anew with -o Global.checkpoint=null and that checkpoint as Global.pretrained_model"
+            )
+        known: set[str] = set()
+        missing: set[str] = set()
+        misshapen = []
+        for parameter in self.parameters:
+            full, half = self._layouts(parameter.name)
+            present = (full | half) & flat.keys()
+            expected = half if any(_MASTER in key for key in present) else full
+            known |= expected
+            missing |= expected - present if present else set()
+            misshapen += [key for key in sorted(present) if not _fits(flat[key], key, parameter)]
+        for problem, keys in (
+            ("has entries of no trainable parameter of this model", flat.keys() - known),
+            ("lacks some entries of parameters of which it has others", missing),
+            ("has entries that are no numbers in the shape of their parameter", misshapen),
+        ):
+            if keys:
+                raise CheckpointError(f"the optimizer state {problem}: {_first(keys)}")
+        return entries
+
+    def _guess_writer(self, flat: Mapping[str, Any]) -> str:
+        """Who saved a state that does not say so, by its first entry that belongs to one kind of optimizer only."""
+        own, suffixes = self._layouts("")[0], {s for key in flat for s in _WRITERS if str(key).endswith(s)}
+        if not suffixes:
+            raise CheckpointError("the optimizer state holds no entry of any optimizer")
+        foreign = sorted(suffixes - own)
+        return _WRITERS[foreign[0]] if foreign else type(self).__name__
 
 
 @OPTIMIZERS.register("AdamW")
@@ -128,6 +186,7 @@ class AdamW(Optimizer):
     ) -> None:
         super().__init__(groups, weight_decay, clip_norm, clip_mode)
         self._betas = (beta1, beta2)
+        self._fresh: set[str] = set()  # keys of what _fresh_moments made
         self._inner = paddle.optimizer.AdamW(
             learning_rate=0.0,
             parameters=[{"params": g["params"], "weight_decay": g["weight_decay"] * weight_decay} for g in self.groups],
@@ -152,25 +211,37 @@ class AdamW(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         state = self._inner.state_dict()
         state.pop("LR_Scheduler", None)
-        return state
+        if not self._inner._accumulators:  # no step since loading: Paddle gives back what it was given
+            state = {key: value for key, value in state.items() if key not in self._fresh}
+        # Paddle leaves out what it was given for parameters that have not stepped since.
+        held = {k: value for k, value in self._inner._accumulators_holder.items() if k not in self._fresh}
+        return {_CLASS: type(self).__name__, **held, **state}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        _check_state(state, self.parameters)
-        self._inner.set_state_dict({**self._fresh_moments(state), **_tensors(state)})
+        entries = self._checked(state)
+        fresh = self._fresh_moments(entries)
+        self._fresh = set(fresh)
+        self._inner.set_state_dict({**fresh, **_tensors(entries)})
+
+    def _layouts(self, name: str) -> tuple[set[str], set[str]]:
+        master = f"{name}{_MASTER}"
+        suffixes = (*_MOMENTS, *_POWERS)
+        return {f"{name}{s}" for s in suffixes}, {master, *(f"{master}{s}" for s in suffixes)}
 
     def _fresh_moments(self, state: Mapping[str, Any]) -> dict[str, paddle.Tensor]:
         """Entries of parameters that never took a step (a frozen last layer): Paddle refuses a state without them."""
         fresh = {}
         for parameter in self.parameters:
-            if any(key.startswith(f"{parameter.name}_") and key.endswith("moment1_0") for key in state):
+            full, half = self._layouts(parameter.name)
+            if (full | half) & state.keys():
                 continue
             is_half = parameter.dtype in HALF_PRECISION
-            name = f"{parameter.name}{_MASTER}" if is_half else parameter.name
             dtype = "float32" if is_half else parameter.dtype
-            for moment in ("moment1", "moment2"):
-                fresh[f"{name}_{moment}_0"] = paddle.zeros(parameter.shape, dtype)
-            for number, beta in enumerate(self._betas, 1):
-                fresh[f"{name}_beta{number}_pow_acc_0"] = paddle.full([1], beta, dtype)
+            # Weights are cast to half precision after the state is loaded: its masters tell that they will be.
+            names = [f"{parameter.name}{_MASTER}"] if is_half or state.get(_MASTERS) else []
+            for name in names if is_half else [parameter.name, *names]:
+                fresh.update((f"{name}{moment}", paddle.zeros(parameter.shape, dtype)) for moment in _MOMENTS)
+                fresh.update((f"{name}{p}", paddle.full([1], b, dtype)) for p, b in zip(_POWERS, self._betas))
         return fresh
 
 
@@ -230,15 +301,20 @@ class Momentum(Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         state = {f"{name}{_VELOCITY}": velocity for name, velocity in self._velocities.items()}
-        return {**state, **{f"{name}{_MASTER}": master for name, master in self._masters.items()}}
+        masters = {f"{name}{_MASTER}": master for name, master in self._masters.items()}
+        return {_CLASS: type(self).__name__, **state, **masters}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        _check_state(state, self.parameters)
+        entries = self._checked(state)
         for suffix, table in ((_VELOCITY, self._velocities), (_MASTER, self._masters)):
             table.clear()
             table.update(
-                (key[: -len(suffix)], paddle.to_tensor(value)) for key, value in state.items() if key.endswith(suffix)
+                (key[: -len(suffix)], paddle.to_tensor(value)) for key, value in entries.items() if key.endswith(suffix)
             )
+
+    def _layouts(self, name: str) -> tuple[set[str], set[str]]:
+        full = {f"{name}{_VELOCITY}"}
+        return full, {*full, f"{name}{_MASTER}"}
 
 
 @OPTIMIZERS.register("LARS")
@@ -283,27 +359,22 @@ def _norm(tensor: paddle.Tensor) -> paddle.Tensor:
 
 
 def _tensors(state: Mapping[str, Any]) -> dict[str, Any]:
-    tensors = {key: paddle.to_tensor(value) for key, value in state.items() if key != "master_weights"}
-    masters = {name: paddle.to_tensor(value) for name, value in state.get("master_weights", {}).items()}
+    tensors = {key: paddle.to_tensor(value) for key, value in state.items() if key != _MASTERS}
+    masters = {name: paddle.to_tensor(value) for name, value in state.get(_MASTERS, {}).items()}
     for name, master in masters.items():
         master.name = f"{name}{_MASTER}"  # Paddle keys the moments by it
-    return {**tensors, "master_weights": masters} if masters else tensors
+    return {**tensors, _MASTERS: masters} if masters else tensors
 
 
-def _check_state(state: Mapping[str, np.ndarray], parameters: Sequence[paddle.Tensor]) -> None:
-    """Each entry must be named after a parameter and have its shape (or be a counter): Paddle would skip the rest
-    silently.
-    """
-    by_length = sorted(parameters, key=lambda p: -len(p.name))
-    for key, value in state.items():
-        if key == "master_weights":
-            continue
-        owner = next((p for p in by_length if key.startswith(p.name + "_")), None)
-        if owner is None:
-            raise CheckpointError(
-                f"the optimizer state has {key}, which belongs to no trainable parameter of this model"
-            )
-        if value.size > 1 and list(value.shape) != list(owner.shape):
-            raise CheckpointError(
-                f"the optimizer state {key} has shape {list(value.shape)}, its parameter {list(owner.shape)}"
-            )
+def _fits(value: Any, key: str, parameter: paddle.Tensor) -> bool:
+    """Whether an entry is a number (powers of beta) or has the parameter's shape."""
+    array = np.asarray(value)
+    if array.dtype.kind != "f":
+        return False
+    return array.size == 1 if key.endswith(_POWERS) else list(array.shape) == list(parameter.shape)
+
+
+def _first(keys: Iterable[Any], limit: int = 20) -> str:
+    names = sorted(map(str, keys))
+    more = f" ... and {len(names) - limit} more" if len(names) > limit else ""
+    return f"{', '.join(names[:limit])}{more}"

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from passl.config import Config
+from passl.config import Component, Config, ConfigError, Required, check
+from passl.registry import SCHEDULES
 
 # PASSL's name of a backbone -> ours and its patch size.
 _BACKBONES = {
@@ -28,21 +29,23 @@ def is_passl(config: Mapping[str, Any]) -> bool:
     return isinstance(name, str) and name.endswith(_SUFFIX) and name[: -len(_SUFFIX)] in _BACKBONES
 
 
-def translate(config: Config) -> tuple[Config, list[str]]:
+def translate(config: Config, training: bool = True) -> tuple[Config, list[str]]:
     """``config`` in passl's own form (one that is so already as it is), and all problems found on the way: keys that
-    PASSL's linear probes do not have, values that contradict each other.
+    PASSL's linear probes do not have, values that contradict each other. ``training``: LRScheduler is required.
     """
     if not is_passl(config):
         return config, []
-    translator = _Translator(config)
-    return Config(translator.sections(), config.sources), translator.problems
+    translator = _Translator(config, training)
+    return Config(translator.sections(), translator.sources), translator.problems
 
 
 class _Translator:
     """Takes the sections apart and keeps count of what is wrong with them."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, training: bool) -> None:
         self.config = config
+        self.sources = dict(config.sources)
+        self.training = training
         self.problems: list[str] = []
 
     def sections(self) -> dict[str, Any]:
@@ -54,6 +57,7 @@ class _Translator:
             "Loss",
             "Metric",
             "LRScheduler",
+            "Schedules",
             "Optimizer",
             "DataLoader",
             "Export",
@@ -68,7 +72,7 @@ class _Translator:
             self.problem("EMA", "a linear probe keeps no moving average: remove the section")
         result["Global"] = self.global_section()
         result["Model"] = self.model()
-        result["Schedules"] = {"lr": self.config.get("LRScheduler")}
+        result["Schedules"] = self.schedules()
         result["DataLoader"] = self.loaders()
         self.losses_and_metrics()
         self.strategy()
@@ -103,20 +107,43 @@ class _Translator:
         if backbone.pop("patch_size", patch_size) != patch_size:
             self.problem("Model.backbone.patch_size", f"{expected_type} has patches of {patch_size}")
         backbone.pop("output_dim", None)  # PASSL's own classifier in the backbone, which a probe never uses
+        class_num, num_classes = section.pop("class_num", None), section.pop("num_classes", None)
+        if None not in (class_num, num_classes):
+            self.problem("Model.num_classes", "Model.class_num says the same: give only one of them")
+        self.moved("Model.num_classes", "Model.num_classes" if class_num is None else "Model.class_num")
+        self.moved("Model.n_last_blocks", "Model.backbone.n_last_blocks")
+        self.moved("Model.avgpool", "Model.backbone.avgpool_patchtokens")
         default_blocks, default_avgpool = (4, False) if name == "vit_small" else (1, True)
         result = {
             "name": "LinearProbe",
             "backbone": {"name": name, "patch_size": patch_size},
-            "num_classes": section.pop("class_num", section.pop("num_classes", 1000)),
+            "num_classes": next((value for value in (class_num, num_classes) if value is not None), 1000),
             "n_last_blocks": backbone.pop("n_last_blocks", default_blocks),
             "avgpool": backbone.pop("avgpool_patchtokens", default_avgpool),
         }
-        section.pop("num_classes", None)
         for key in backbone:
             self.problem(f"Model.backbone.{key}", "no such key in PASSL's DINO backbones")
         for key in section:
             self.problem(f"Model.{key}", "no such key in PASSL's linear probes")
         return result
+
+    def moved(self, key: str, old: str) -> None:
+        """Says that the value at ``key`` was set where ``old`` was."""
+        if source := self.config.source(tuple(old.split("."))):
+            self.sources[tuple(key.split("."))] = source
+
+    def schedules(self) -> dict[str, Any]:
+        if "Schedules" in self.config:
+            self.problem("Schedules", "PASSL's form has LRScheduler, not Schedules")
+        # Checked here, under the name and from the place where the user has it.
+        part = {key: value for key, value in self.config.items() if key == "LRScheduler"}
+        schedule = Component(SCHEDULES, ("timeline",))
+        try:
+            check(Config(part, self.config.sources), {"LRScheduler": Required(schedule) if self.training else schedule})
+        except ConfigError as error:
+            self.problems += error.problems
+            return {"lr": {"name": "Constant", "value": 0.0}}  # one that is right: the problem has been told
+        return {"lr": self.config.get("LRScheduler")}
 
     def loaders(self) -> Any:
         loaders = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Optional
 
@@ -13,17 +14,22 @@ from paddle import nn
 from passl import checkpoint, distributed, log
 from passl.checkpoint import CheckpointError, CheckpointStore
 from passl.config import Config, ConfigError, check, to_yaml
+from passl.data.loader import Loader
 from passl.engine import build
 from passl.engine.hooks import CheckpointHook, EvaluationHook, LogHook
+from passl.engine.optim import Optimizer
 from passl.engine.passl_config import translate
 from passl.engine.settings import GlobalSettings, schema
 from passl.engine.trainer import Hook, Trainer
-from passl.evaluators import evaluate
+from passl.evaluators import Evaluator, evaluate
 from passl.models import cpu
 from passl.models.method import Method
 from passl.schedules import Timeline
+from passl.yaml_io import parse
 
 logger = logging.getLogger("passl")
+
+_MAY_DIFFER = {f"Global.{key}" for key in ("checkpoint", "pretrained_model", "output_dir", "name", "max_train_step")}
 
 
 def checked(config: Config, training: bool) -> Config:
@@ -45,73 +51,102 @@ def checked(config: Config, training: bool) -> Config:
 def train(config: Config, source: Config) -> Trainer:
     """Run a checked configuration to its end; ``source`` is what the user gave and is saved beside the results."""
     settings = build.global_settings(config)
-    for key in ("epochs", "accum_steps", "max_train_step"):
+    for key, lowest in (("epochs", 1), ("accum_steps", 1), ("max_train_step", 1), ("seed", 0)):
         value = getattr(settings, key)
-        if value is not None and value < 1:
-            raise ConfigError([f"Global.{key} ({value}) must be at least 1"])
+        if value is not None and value < lowest:
+            raise ConfigError([f"Global.{key} ({value}) must be at least {lowest}"])
     log.setup(quiet=not distributed.is_main())
     _start(settings)
-    folder = Path(settings.output_dir) / (settings.name or config["Model"]["name"])
+    try:
+        trainer, store, resumed = _prepare(config, source, settings)
+    except (ConfigError, CheckpointError):
+        raise
+    except ValueError as error:  # what a constructor refused
+        raise ConfigError([str(error)]) from error
+    # Only now: a mistake in the configuration must leave an earlier run where it was.
+    _open_folder(store, source, resumed, trainer.step)
+    _announce(trainer, store.folder)
+    trainer.fit()
+    return trainer
 
+
+def _prepare(
+    config: Config, source: Config, settings: GlobalSettings
+) -> tuple[Trainer, CheckpointStore, Optional[Path]]:
+    """The trainer, at the step where it is to begin, its checkpoints, and the prefix of the one it goes on from."""
     precision = build.precision(config)
     paddle.seed(settings.seed)
     method = build.model(config)
     loader = build.train_loader(config, settings.seed)
     line = build.timeline(loader, settings.epochs)
     optimizer = build.optimizer(config, method)
-    store = CheckpointStore(folder, settings.max_num_latest_checkpoint)
-    prefix = _resume_prefix(settings, store)
-    states = _load_start(settings, method, optimizer, prefix, line)
-    starts = distributed.gather_objects(states["step"] if states else 0)
-    if len(set(starts)) > 1:
-        raise CheckpointError(f"processes would go on at steps {starts}: all nodes must share the folder {folder}")
-    precision.prepare(method.half_precision_layers())
-    if states:
-        precision.load_state_dict(states["scaler"])
-
-    log_hook = LogHook(folder, settings.print_batch_step, settings.use_visualdl)
-    hooks: list[Hook] = [log_hook]
-    evaluators = build.evaluators(config) if settings.eval_during_train else []
-    if evaluators:
-        interval = _steps(line, settings.eval_interval, settings.eval_unit, "Global.eval_interval")
-        hooks.append(EvaluationHook(evaluators, interval, log_hook, folder))
+    evaluators = build.evaluators(config, method) if settings.eval_during_train else []
+    build.check_labels(method, loader.dataset, evaluators)
+    store = CheckpointStore(_folder(config, settings), settings.max_num_latest_checkpoint)
     description = {
         "config": to_yaml(source),
         "world_size": distributed.world_size(),
         "length": len(loader.dataset),
     }
-    save_interval = _steps(line, settings.save_interval, "epoch", "Global.save_interval")
-    hooks.append(CheckpointHook(store, save_interval, description))
-    try:
-        trainer = Trainer(
-            method,
-            optimizer,
-            loader,
-            build.schedules(config, line),
-            line,
-            accum_steps=settings.accum_steps,
-            precision=precision,
-            hooks=hooks,
-            stop_step=settings.max_train_step,
-            seed=settings.seed,
-        )
-    except ValueError as error:
-        raise ConfigError([str(error)]) from error
+    hooks = _hooks(settings, line, evaluators, store, description)
+    schedules = build.schedules(config, line)
+    resumed = _resume_prefix(settings, store)
+    states = None
+    if resumed is None:
+        _load_start(settings, method)
+    else:
+        states = _resume(resumed, method, optimizer, _identity(loader, line, settings.seed))
+        _warn_of_changes(states, source)
+    starts = distributed.gather_objects(states["step"] if states else 0)
+    if len(set(starts)) > 1:
+        raise CheckpointError(f"processes would go on at steps {starts}: all nodes must share {store.folder}")
+    # Before the trainer, which wraps the method for several processes: types must be final by then.
+    precision.prepare(method.half_precision_layers())
+    trainer = Trainer(
+        method,
+        optimizer,
+        loader,
+        schedules,
+        line,
+        accum_steps=settings.accum_steps,
+        precision=precision,
+        hooks=hooks,
+        stop_step=settings.max_train_step,
+        seed=settings.seed,
+    )
     if states:
+        precision.load_state_dict(states["scaler"])
         trainer.step = states["step"]
         trainer.progress = dict(states["progress"])
-    # Only now: a mistake in the configuration must leave an earlier run where it was.
-    _open_folder(store, source, prefix, trainer.step)
-    _announce(trainer, method, folder)
-    trainer.fit()
-    return trainer
+    return trainer, store, resumed
+
+
+def _hooks(
+    settings: GlobalSettings,
+    line: Timeline,
+    evaluators: list[Evaluator],
+    store: CheckpointStore,
+    description: dict[str, Any],
+) -> list[Hook]:
+    """Logging, evaluation and saving, in this order: what is saved knows the newest metric."""
+    log_hook = LogHook(store.folder, settings.print_batch_step, settings.use_visualdl)
+    save_interval = _steps(line, settings.save_interval, "epoch", "Global.save_interval")
+    checkpoints = CheckpointHook(store, save_interval, description)
+    if not evaluators:
+        return [log_hook, checkpoints]
+    interval = _steps(line, settings.eval_interval, settings.eval_unit, "Global.eval_interval")
+    return [log_hook, EvaluationHook(evaluators, interval, log_hook, checkpoints, store.folder), checkpoints]
+
+
+def _folder(config: Config, settings: GlobalSettings) -> Path:
+    return Path(settings.output_dir).expanduser() / (settings.name or config["Model"]["name"])
 
 
 def evaluate_config(config: Config, source: Config) -> dict[str, float]:
     """Run the evaluators of a checked configuration on its model; writes and returns their numbers."""
     settings = build.global_settings(config)
     _start(settings)
-    folder = Path(settings.output_dir) / (settings.name or config["Model"]["name"])
+    folder = _folder(config, settings)
     log.setup(folder / "eval.log" if distributed.is_main() else None, quiet=not distributed.is_main())
     paddle.seed(settings.seed)
     model = build.model(config)
@@ -120,21 +155,21 @@ def evaluate_config(config: Config, source: Config) -> dict[str, float]:
         is_whole = _load_pretrained(settings, model)
     else:
         logger.warning("Global.pretrained_model is not given: evaluating an untrained %s", type(model).__name__)
-    found = build.evaluators(config)
+    found = build.evaluators(config, model)
     if not found:
         raise ConfigError(["nothing to evaluate: add Evaluators (for example KNN) or DataLoader.Eval"])
+    build.check_labels(model, None, found)
     results: dict[str, float] = {}
     for evaluator in found:
-        if evaluator.subject == "method" and not hasattr(model, "predict"):
-            raise ConfigError(
-                [f"{type(evaluator).__name__} needs a model that predicts classes, and {type(model).__name__} does not"]
-            )
         if evaluator.subject == "method" and not is_whole:
             raise CheckpointError(
                 f"{settings.pretrained_model} has no weights for all of {type(model).__name__}, only a backbone: its "
                 "predictions would be random. Train it with passl-train and give its latest or best"
             )
-        results.update(evaluate(evaluator, model, folder))
+        try:
+            results.update(evaluate(evaluator, model, folder))
+        except ValueError as error:  # data or weights that it cannot measure
+            raise CheckpointError(f"{type(evaluator).__name__}: {error}") from error
     logger.info("[Eval] %s", ", ".join(f"{name}: {value:.5f}" for name, value in results.items()))
     if distributed.is_main():
         folder.mkdir(parents=True, exist_ok=True)
@@ -176,25 +211,30 @@ def _set_flag(name: str, value: Any) -> None:
         raise ConfigError([f"Global.flags.{name}={value!r}: this Paddle refuses it ({reason})"]) from error
 
 
-def _load_start(
-    settings: GlobalSettings, method: Method, optimizer: Any, prefix: Optional[Path], line: Timeline
-) -> Optional[dict[str, Any]]:
-    """Resume from ``prefix``, or pre-trained weights, or scratch: the states that the run goes on from, if any."""
-    if prefix is None:
-        if settings.pretrained_model:
-            _load_pretrained(settings, method)
-        elif method.needs_pretrained:
-            logger.warning(
-                "Global.pretrained_model is not given: %s trains on an untrained backbone",
-                type(method).__name__,
-            )
-        return None
+def _load_start(settings: GlobalSettings, method: Method) -> None:
+    """Pre-trained weights, or scratch."""
+    if settings.pretrained_model:
+        _load_pretrained(settings, method)
+    elif method.needs_pretrained:
+        logger.warning(
+            "Global.pretrained_model is not given: %s trains on an untrained backbone", type(method).__name__
+        )
+
+
+def _identity(loader: Loader, line: Timeline, seed: int) -> dict[str, int]:
+    """What must be the same for a run to be the same: with another value its batches are others."""
+    return {
+        "steps_per_epoch": line.steps_per_epoch,
+        "global_batch_size": line.global_batch_size,
+        "length": len(loader.dataset),
+        "seed": seed,
+    }
+
+
+def _resume(prefix: Path, method: Method, optimizer: Optimizer, identity: Mapping[str, int]) -> dict[str, Any]:
+    """Method and optimizer as they were saved under ``prefix``; returns the states saved with them."""
     states = checkpoint.read_states(prefix)
-    for key, value in (
-        ("steps_per_epoch", line.steps_per_epoch),
-        ("global_batch_size", line.global_batch_size),
-        ("seed", settings.seed),
-    ):
+    for key, value in identity.items():
         if states[key] != value:
             raise CheckpointError(
                 f"{prefix}: saved with {key} {states[key]}, this run has {value}: it would not be the same run. "
@@ -205,6 +245,23 @@ def _load_start(
     optimizer.load_state_dict(checkpoint.read(checkpoint.with_suffix(prefix, checkpoint.OPTIMIZER)))
     logger.info("resuming %s at step %d (epoch %d)", prefix, states["step"], states["epoch"] + 1)
     return states
+
+
+def _warn_of_changes(states: Mapping[str, Any], source: Config) -> None:
+    changed = differences(parse(states["config"], "the checkpoint's configuration"), source)
+    if changed:
+        logger.warning("the configuration differs from that of the checkpoint: %s", "; ".join(changed))
+
+
+def differences(old: Any, new: Any, key: str = "") -> list[str]:
+    """``a.b: old -> new`` for every value that differs, apart from what says where a run begins, ends and is kept."""
+    if key in _MAY_DIFFER:
+        return []
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        names = list(dict.fromkeys([*old, *new]))
+        parts = [differences(old.get(n), new.get(n), f"{key}.{n}".lstrip(".")) for n in names]
+        return [line for part in parts for line in part]
+    return [] if old == new else [f"{key}: {old!r} -> {new!r}"]
 
 
 def _resume_prefix(settings: GlobalSettings, store: CheckpointStore) -> Optional[Path]:
@@ -284,7 +341,8 @@ def _steps(line: Timeline, interval: Any, unit: str, where: str) -> int:
     return steps
 
 
-def _announce(trainer: Trainer, method: Method, folder: Path) -> None:
+def _announce(trainer: Trainer, folder: Path) -> None:
+    method = trainer.method
     trainable = sum(p.size for p in method.parameters() if not p.stop_gradient)
     line = trainer.timeline
     logger.info(

@@ -29,6 +29,9 @@ class Classification(Evaluator):
     def __init__(self, dataset: Any, batch_size: int = 64, num_workers: int = 0, topk: Sequence[int] = (1, 5)) -> None:
         if dataset.labels is None:
             raise ValueError("the data set of the Classification evaluator has no labels")
+        check_batches(batch_size, num_workers)
+        if not topk or min(topk) < 1:
+            raise ValueError(f"topk ({list(topk)}) must be one or more numbers above 0")
         self.dataset = dataset
         self.batch_size = batch_size
         self.num_workers = num_workers
@@ -47,6 +50,18 @@ class Classification(Evaluator):
 
 def accuracy(logits: np.ndarray, labels: np.ndarray, k: int) -> float:
     """Percentage of rows of ``logits`` [N, C] whose label [N] is among the k largest."""
+    return 100.0 * (count_hits(logits, labels, k) / len(logits))
+
+
+def count_hits(logits: np.ndarray, labels: np.ndarray, k: int) -> int:
+    """Number of rows of ``logits`` [N, C] whose label [N] is among the k largest."""
     k = min(k, logits.shape[1])
     largest = np.argpartition(-logits, k - 1, axis=1)[:, :k]
-    return 100.0 * float((largest == labels[:, None]).any(axis=1).mean())
+    return int((largest == labels[:, None]).any(axis=1).sum())
+
+
+def check_batches(batch_size: int, num_workers: int) -> None:
+    if batch_size < 1:
+        raise ValueError(f"batch_size ({batch_size}) must be at least 1")
+    if num_workers < 0:
+        raise ValueError(f"num_workers ({num_workers}) must be at least 0")

@@ -75,6 +75,8 @@ def _batches(dataset: Any, batch_size: int, num_workers: int, title: str) -> Ite
         shuffle=False,
         drop_last=False,
     )
-    batches = Loader(dataset, sampler, num_workers=num_workers).iterate(0, sampler.steps_per_epoch)
+    loader = Loader(dataset, sampler, num_workers=num_workers)
+    batches = loader.iterate(0, sampler.steps_per_epoch)
     hidden = None if distributed.is_main() else True  # None: shown on a terminal only
     yield from tqdm(batches, total=sampler.steps_per_epoch, desc=title, unit="batch", leave=False, disable=hidden)
+    loader.share_bad_samples(distributed.gather_objects)

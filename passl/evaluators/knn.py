@@ -5,7 +5,7 @@ protocol).
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,14 @@ import numpy as np
 import paddle
 from paddle import nn
 
-from passl.evaluators.classification import accuracy
+from passl.evaluators.classification import check_batches, count_hits
 from passl.evaluators.evaluator import Evaluator, map_dataset
 from passl.registry import EVALUATORS
 
 logger = logging.getLogger("passl")
 
-_CHUNK_ELEMENTS = 1 << 25  # similarities held at a time: 128 MB of float32
+_CHUNK_ELEMENTS = 1 << 25  # numbers held at a time: 128 MB of float32
+_MAX_CLASSES = 1 << 20
 
 
 @EVALUATORS.register()
@@ -46,11 +47,15 @@ class KNN(Evaluator):
                 raise ValueError(
                     f"KNN needs labels, and {name} has none: use class folders (ImageFolder) or a csv (ImageList)"
                 )
+            unlabelled = int((np.asarray(dataset.labels) < 0).sum())
+            if unlabelled:
+                raise ValueError(f"KNN needs labels from 0, and {unlabelled} of {name} are below")
         _check(k, temperature)
+        check_batches(batch_size, num_workers)
         _check_classes(train_dataset, val_dataset)
         self.train_dataset = train_dataset
         self.val_dataset = val_dataset
-        self.k = tuple(k)
+        self.k = tuple(dict.fromkeys(k))
         self.temperature = temperature
         self.batch_size = batch_size
         self.num_workers = num_workers
@@ -61,11 +66,12 @@ class KNN(Evaluator):
         val, val_labels = self._features(model, self.val_dataset, "k-NN: val features")
         if max(self.k) > len(train):
             logger.warning("k-NN: only %d training images: a larger k uses them all", len(train))
-        results = {}
-        for k, votes in knn_classify(train, train_labels, val, self.k, self.temperature).items():
-            results[f"knn_top1_k{k}"] = accuracy(votes, val_labels, 1)
-            results[f"knn_top5_k{k}"] = accuracy(votes, val_labels, 5)
-        return results
+        train_labels, val_labels = _renumbered(train_labels, val_labels)
+        hits = {f"knn_top{top}_k{k}": 0 for k in self.k for top in (1, 5)}
+        for k, start, votes in knn_votes(train, train_labels, val, self.k, self.temperature):
+            for top in (1, 5):
+                hits[f"knn_top{top}_k{k}"] += count_hits(votes, val_labels[start : start + len(votes)], top)
+        return {name: 100.0 * (count / len(val)) for name, count in hits.items()}
 
     def _features(self, model: nn.Layer, dataset: Any, title: str) -> tuple[np.ndarray, np.ndarray]:
         def features(images: paddle.Tensor) -> paddle.Tensor:
@@ -86,31 +92,54 @@ def knn_classify(
     k: Sequence[int] = (20,),
     temperature: float = 0.07,
 ) -> dict[int, np.ndarray]:
+    """All of :func:`knn_votes` at once: k -> votes [M, C] float64; the largest vote is the prediction."""
+    collected: dict[int, np.ndarray] = {}
+    for size, start, votes in knn_votes(train, train_labels, test, k, temperature):
+        whole = collected.setdefault(size, np.empty((len(test), votes.shape[1])))
+        whole[start : start + len(votes)] = votes
+    return collected
+
+
+def knn_votes(
+    train: np.ndarray,
+    train_labels: np.ndarray,
+    test: np.ndarray,
+    k: Sequence[int] = (20,),
+    temperature: float = 0.07,
+) -> Iterator[tuple[int, int, np.ndarray]]:
     """Votes for each class: each of the k most similar training rows adds ``exp(similarity / temperature)`` to its
     class.
 
-    Memory does not grow with the number of test rows or classes beyond the result itself.
+    Memory does not grow with the number of test rows.
 
     Args:
         train: [N, D] float32, rows of length 1; train_labels: [N] class indices from 0.
         test: [M, D], rows of length 1.
 
-    Returns:
-        k -> votes [M, C] float64, C = largest training label + 1; the largest vote is the prediction.
+    Yields:
+        For each chunk of B test rows and each k: k, the chunk's first row, and votes [B, C] float64, C = largest
+        training label + 1.
 
     Raises:
-        ValueError: an empty set, a k below 1, a temperature that is not positive, or a label below 0.
+        ValueError: an empty set, rows that are not finite, a k below 1, a temperature that is not positive, or a label
+            that is negative or too large to have a column of votes for each class up to it.
     """
     _check(k, temperature)
     if not len(train) or not len(test):
         raise ValueError(f"k-NN needs images: {len(train)} train, {len(test)} test")
     if train_labels.min() < 0:
         raise ValueError("k-NN needs a label for every training image")
+    _check_finite(train, test)
     num_classes = int(train_labels.max()) + 1
+    if num_classes > max(_MAX_CLASSES, len(train)):
+        raise ValueError(
+            f"the largest training label ({num_classes - 1}) would need as many columns of votes: number the classes "
+            "from 0 without gaps"
+        )
     most = min(max(k), len(train))
     memory = paddle.to_tensor(train)
-    chunk = max(1, _CHUNK_ELEMENTS // len(train))
-    votes = {size: np.zeros((len(test), num_classes)) for size in k}
+    # In float32s: similarities; votes, their negatives and order; neighbours, their weights and cells.
+    chunk = max(1, _CHUNK_ELEMENTS // (len(train) + 6 * num_classes + 12 * most))
     for start in range(0, len(test), chunk):
         rows = paddle.to_tensor(test[start : start + chunk])
         similarity, neighbours = paddle.topk(paddle.matmul(rows, memory, transpose_y=True), most, axis=1)
@@ -118,23 +147,48 @@ def knn_classify(
         cells = np.arange(len(rows))[:, None] * num_classes + train_labels[neighbours.numpy()]
         for size in k:
             counted = np.bincount(cells[:, :size].ravel(), weights[:, :size].ravel(), len(rows) * num_classes)
-            votes[size][start : start + len(rows)] = counted.reshape(len(rows), num_classes)
-    return votes
+            yield size, start, counted.reshape(len(rows), num_classes)
+
+
+def _renumbered(train_labels: np.ndarray, val_labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The same labels without gaps, as labels may be large ids; -1 for a class that no training image has."""
+    classes, renumbered = np.unique(train_labels, return_inverse=True)
+    places = np.searchsorted(classes, val_labels).clip(max=len(classes) - 1)
+    return renumbered, np.where(classes[places] == val_labels, places, -1)
 
 
 def _check(k: Sequence[int], temperature: float) -> None:
     if not k or min(k) < 1:
         raise ValueError(f"k ({list(k)}) must be one or more numbers above 0")
-    if temperature <= 0:
+    if not temperature > 0:  # also NaN
         raise ValueError(f"temperature ({temperature}) must be positive")
 
 
+def _check_finite(train: np.ndarray, test: np.ndarray) -> None:
+    for name, features in (("train", train), ("test", test)):
+        with np.errstate(invalid="ignore", over="ignore"):
+            broken = np.count_nonzero(~np.isfinite(features.sum(axis=1)))  # sums: no [N, D] of booleans
+        if broken:
+            raise ValueError(
+                f"k-NN: {broken} of {len(features)} {name} feature rows are not finite (NaN or infinite): the weights "
+                "are probably broken"
+            )
+
+
 def _check_classes(train_dataset: Any, val_dataset: Any) -> None:
-    """Labels are positions in the sorted class names: two folders must have the same ones."""
-    train, val = train_dataset.class_names, val_dataset.class_names
-    if train and val and list(train) != list(val):
+    """Labels are positions in the class names, which must be the same ones, or numbers that need no names."""
+    train, val = list(train_dataset.class_names), list(val_dataset.class_names)
+    if train and val and train != val:
         differing = sorted(set(train) ^ set(val))
+        reason = f"only in one of them: {', '.join(differing[:10])}" if differing else "their order is not the same"
         raise ValueError(
-            f"the {len(train)} training and {len(val)} validation classes differ, so labels would not agree; "
-            f"only in one of them: {', '.join(differing[:10])}"
+            f"the {len(train)} training and {len(val)} validation classes differ, so labels would not agree; {reason}"
+        )
+    names = train or val
+    # Folders "0", "1", ... are in the order of their numbers up to "9" only.
+    if bool(train) != bool(val) and names != [str(label) for label in range(len(names))]:
+        named, numbered = ("train_dataset", "val_dataset") if train else ("val_dataset", "train_dataset")
+        raise ValueError(
+            f"{named} has class names ({', '.join(names[:10])}) and {numbered} has numbers as labels, so they might "
+            "not agree: use names in both or numbers in both"
         )

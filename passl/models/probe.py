@@ -46,13 +46,21 @@ class LinearProbe(Method):
         if num_classes < 1:
             raise ValueError(f"num_classes ({num_classes}) must be at least 1")
         self.backbone = backbone()
+        self._has_blocks = hasattr(self.backbone, "get_intermediate_layers")
+        if not hasattr(self.backbone, "embed_dim"):
+            raise ValueError(
+                f"the backbone {type(self.backbone).__name__} has no embed_dim, the width of its output: a linear "
+                "probe needs it, and get_intermediate_layers(images, n) of a transformer"
+            )
+        if self._has_blocks:
+            _check_num_blocks(n_last_blocks, self.backbone)
         self.backbone.eval()
         for parameter in self.backbone.parameters():
             parameter.stop_gradient = True
         self.num_classes = num_classes
         self.n_last_blocks = n_last_blocks
         self.avgpool = avgpool
-        self._has_blocks = hasattr(self.backbone, "get_intermediate_layers")
+        self._labels_checked = False
         width = n_last_blocks + int(avgpool) if self._has_blocks else 1
         self.linear = LinearClassifier(self.backbone.embed_dim * width, num_classes)
 
@@ -61,8 +69,10 @@ class LinearProbe(Method):
 
         metric and CELoss repeat top1 and loss under the names of PASSL's log line.
         """
-        logits = self.predict(batch["image"])
+        _check_keys(batch)
         label = batch["label"]
+        self._check_labels(label)
+        logits = self.predict(batch["image"])
         loss = F.cross_entropy(logits, label)
         hits = paddle.topk(logits, min(5, self.num_classes))[1] == label.unsqueeze(-1)
         percent = hits.astype("float32").sum(0) * (100.0 / label.shape[0])  # by rank
@@ -70,6 +80,18 @@ class LinearProbe(Method):
         if self.num_classes >= 5:
             outputs["top5"] = percent.sum()
         return {**outputs, "CELoss": loss, "loss": loss}
+
+    def _check_labels(self, label: Tensor) -> None:
+        # Reading a number from a GPU would stall its queue at every step: there the first batch speaks for all.
+        if self._labels_checked and not label.place.is_cpu_place():
+            return
+        self._labels_checked = True
+        smallest, largest = label.min().item(), label.max().item()
+        if smallest < 0 or largest >= self.num_classes:
+            raise ValueError(
+                f"labels must be in 0 to {self.num_classes - 1} (num_classes is {self.num_classes}), and the batch has "
+                f"labels from {smallest} to {largest}: set num_classes to the number of classes in the data"
+            )
 
     def predict(self, images: Tensor) -> Tensor:
         """[B, C, H, W] -> logits [B, num_classes]"""
@@ -88,3 +110,21 @@ class LinearProbe(Method):
             pair = paddle.stack([parts[-1], tokens[-1][:, 1:].mean(1)], axis=-1)
             parts[-1] = pair.reshape([images.shape[0], -1])
         return paddle.concat(parts, axis=-1)
+
+
+def _check_num_blocks(n_last_blocks: int, backbone: nn.Layer) -> None:
+    depth = len(backbone.blocks) if hasattr(backbone, "blocks") else None
+    if n_last_blocks < 1 or (depth is not None and n_last_blocks > depth):
+        limit = "at least 1" if depth is None else f"between 1 and the number of the backbone's blocks ({depth})"
+        raise ValueError(f"n_last_blocks ({n_last_blocks}) must be {limit}")
+
+
+def _check_keys(batch: dict[str, Tensor]) -> None:
+    for key, remedy in (
+        ("image", "give the data set a transform that yields one image (RandomResizedCrop ... ToTensor, no MultiCrop)"),
+        ("label", "use a data set with labels: class folders (ImageFolder), or a csv list_file with a column 'label'"),
+    ):
+        if key not in batch:
+            raise ValueError(
+                f"LinearProbe needs '{key}', and the batch has only {', '.join(batch) or 'nothing'}: {remedy}"
+            )

@@ -110,6 +110,10 @@ class VisionTransformer(nn.Layer):
         init_std: float = INIT_STD,
     ) -> None:
         super().__init__()
+        sizes = {"patch_size": patch_size, "in_chans": in_chans, "embed_dim": embed_dim}
+        for name, value in {**sizes, "depth": depth, "num_heads": num_heads}.items():
+            if value < 1:
+                raise ValueError(f"{name} ({value}) must be at least 1")
         if img_size < patch_size:
             raise ValueError(f"img_size ({img_size}) must be at least patch_size ({patch_size})")
         if pos_embed_mode not in ("scale", "size"):

@@ -138,7 +138,8 @@ def test_an_explicit_root_replaces_the_folder_of_the_list(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("content", "labels", "class_names"),
     [
-        ("path,label\na.png,2\nb.png,0\n", [2, 0], ["0", "1", "2"]),
+        ("path,label\na.png,2\nb.png,0\n", [2, 0], []),
+        ("path,label\na.png,20250101\nb.png,0\n", [20250101, 0], []),
         ("label, path ,more\ndog,a.png,1\ncat, b.png ,2\n", [1, 0], ["cat", "dog"]),
         ('path,label\n"a, b.png","big dog"\r\nb.png,7up\n', [1, 0], ["7up", "big dog"]),
         ("path\na.png\nb.png\n", None, []),
@@ -171,7 +172,8 @@ def test_class_names_fix_the_numbering(tmp_path: Path) -> None:
         ("path,label\na.png,0\nb.png\n,1\n", ["line 3: no label", "line 4: no path"]),
         ("path,label\na.png,0,extra\n", ["line 2: more fields than the 2 columns"]),
         ('path,label\n"a.png,0\n', ["line 2: unexpected end of data"]),
-        ("path,label\na.png,-1\n", ["labels must be whole numbers from 0 or names, not -1"]),
+        ("path,label\na.png,-1\n", ["labels must be whole numbers from 0 to", "or names, not -1"]),
+        ("path,label\na.png,1\nb.png,9223372036854775808\n", ["from 0 to 9223372036854775807 or", "854775808"]),
         ("path,label\n" + "a.png\n" * 15, ["line 11: no label", "and 5 more"]),
     ],
 )

@@ -81,8 +81,30 @@ def test_a_failing_process_ends_the_job_with_its_error(folder):
     )
     done = launch(folder, script, "-c", folder / "pretrain.yaml", *options(Global__output_dir=folder / "failing"))
     assert done.returncode != 0
-    logs = "".join(path.read_text() for path in (folder / "launch").glob("workerlog.*"))
-    assert "the second process gave up" in logs
+    assert "the second process gave up" in done.stdout + done.stderr  # and not the broken connection of the first
+
+
+def test_unreadable_files_of_all_processes_are_named_and_counted(folder):
+    """Every other file, all of them the second process's."""
+    good = sorted((folder / "train").rglob("*.png"))
+    lines = [line for number in range(6) for line in (str(good[number]), f"{folder}/missing{number}.png")]
+    (folder / "list.txt").write_text("\n".join(lines) + "\n")
+    data = "{name: ImageList, list_file: %s, max_bad_samples: %d, transform: {name: MultiCrop, global_crops_size: 16, "
+    data += "local_crops_size: 8, num_local_crops: 2}}"
+    results = {}
+    for limit in (6, 5):
+        values = {"Global__output_dir": folder / f"bad{limit}", "DataLoader__Train__sampler__batch_size": 2}
+        values["DataLoader__Train__dataset"] = data % (folder / "list.txt", limit)
+        values["DataLoader__Train__sampler__shuffle"] = "false"
+        arguments = ["-c", folder / "pretrain.yaml", *tiny.overrides(Global__epochs=1), *options(**values)]
+        results[limit] = launch(folder, TOOL, *arguments, "-o", "Global.epochs=1", "-o", "Global.max_train_step=3")
+    log = (folder / "bad6/DINO/train.log").read_text()
+    assert results[6].returncode == 0, results[6].stdout + results[6].stderr
+    assert [f"missing{number}.png" in log for number in range(6)] == [True] * 6
+    assert results[5].returncode != 0
+    shown = results[5].stdout + results[5].stderr
+    assert "more than max_bad_samples (5) image files cannot be read" in shown
+    assert [f"missing{number}.png" in shown for number in range(6)] == [True] * 6
 
 
 def test_console_script_under_the_launcher(folder):

@@ -6,6 +6,7 @@ import paddle
 import pytest
 
 from passl.config import ConfigError, load
+from passl.engine.passl_config import translate
 from passl.engine.run import checked
 from passl.models import vit_small
 from tests.engine import tiny
@@ -158,6 +159,50 @@ def test_every_wrong_key_is_named(tmp_path):
         checked(load(write(tmp_path, "s16"), wrong), training=True)
     for text in ("Model.backbone.type", "Model.depth", "Loss.Train", "Global.train_loop", "Optimizer.momentm"):
         assert text in str(found.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("LRScheduler=null", "-o: LRScheduler: is required"),
+        ("LRScheduler.learning_rat=1", "-o: LRScheduler.learning_rat: "),
+        ("LRScheduler.learning_rate=fast", "-o: LRScheduler.learning_rate: expected float, got 'fast'"),
+        ("LRScheduler.name=TimmCosin", "-o: LRScheduler.name: unknown schedule 'TimmCosin'"),
+        ("LRScheduler.timeline=1", "-o: LRScheduler.timeline: "),
+        ("Schedules.lr.name=Constant", "-o: Schedules: PASSL's form has LRScheduler, not Schedules"),
+        ("Model.class_num=3", "Model.num_classes: Model.class_num says the same: give only one of them"),
+        ("Model.num_classes=many", "-o: Model.num_classes: expected int, got 'many'"),
+        ("Model.backbone.n_last_blocks=all", "-o: Model.n_last_blocks: expected int, got 'all'"),
+    ],
+)
+def test_what_is_wrong_is_named_as_it_was_given(tmp_path, override, message):
+    with pytest.raises(ConfigError) as found:
+        checked(load(write(tmp_path, "s16"), [override]), training=True)
+    assert len(found.value.problems) == 1
+    assert message in found.value.problems[0]
+
+
+def test_a_wrong_schedule_in_the_file_is_named_with_it(tmp_path):
+    path = write(tmp_path, "b8")
+    path.write_text(path.read_text().replace("    warmup_epoch:", "    warmup_epochs:"))
+    with pytest.raises(ConfigError) as found:
+        checked(load(path), training=True)
+    (problem,) = found.value.problems
+    assert problem.startswith(f"{path}: LRScheduler.warmup_epochs: ")
+
+
+def test_only_training_needs_a_schedule(tmp_path):
+    _, problems = translate(load(write(tmp_path, "s16"), ["LRScheduler=null"]), training=False)
+    assert not problems
+
+
+def test_the_number_of_classes_has_two_names_and_a_default(tmp_path):
+    for overrides, expected in (
+        (["Model.num_classes=null", "Model.class_num=7"], 7),
+        (["Model.num_classes=null"], 1000),
+    ):
+        config, problems = translate(load(write(tmp_path, "s16"), overrides))
+        assert (config["Model"]["num_classes"], problems) == (expected, [])
 
 
 @pytest.mark.parametrize("key", ["Global", "Model.backbone", "DataLoader", "DataLoader.Train", "Loss", "Metric.Eval"])

@@ -1,10 +1,18 @@
 """k-NN against the official classifier's recorded predictions, votes and rates."""
 
-import numpy as np
-import pytest
+import tracemalloc
+from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
+import paddle
+import pytest
+from PIL import Image
+
+from passl.data.datasets import ImageList
+from passl.data.transforms import ToTensor
+from passl.evaluators import KNN, Classification, knn_classify
 from passl.evaluators import knn as knn_module
-from passl.evaluators import knn_classify
 from passl.evaluators.classification import accuracy
 
 
@@ -79,6 +87,10 @@ def test_more_neighbours_than_images_and_a_single_test_image():
         ({"temperature": 0.0}, "temperature"),
         ({"train_labels": np.array([0, -1, 1])}, "label"),
         ({"test": np.zeros((0, 3), np.float32)}, "images"),
+        ({"temperature": float("nan")}, "temperature"),
+        ({"train_labels": np.array([0, 1, 20250101])}, r"largest training label \(20250101\) .*: number the classes"),
+        ({"test": np.array([[1, 0, 0], [np.nan, 0, 1]], np.float32)}, "1 of 2 test feature rows .*the weights are"),
+        ({"train": np.diag([1, np.inf, -np.inf]).astype(np.float32)}, "2 of 3 train feature rows are not finite"),
     ],
 )
 def test_wrong_arguments(change, text):
@@ -89,3 +101,125 @@ def test_wrong_arguments(change, text):
     }
     with pytest.raises(ValueError, match=text):
         knn_classify(**{**arguments, **change})
+
+
+# --- the evaluators ---
+
+
+def dataset(labels, class_names=()):
+    return SimpleNamespace(labels=np.asarray(labels), class_names=list(class_names))
+
+
+def results(monkeypatch, train, train_labels, val, val_labels, **arguments):
+    """Of a KNN evaluator whose data sets have these features."""
+    evaluator = KNN(dataset(train_labels), dataset(val_labels), **arguments)
+    features = {id(evaluator.train_dataset): train, id(evaluator.val_dataset): val}
+    monkeypatch.setattr(knn_module, "map_dataset", lambda _, source, *rest: (features[id(source)], source.labels))
+    return evaluator.run(paddle.nn.Identity(), Path())
+
+
+def unit_rows(rng, count, width=8):
+    rows = rng.standard_normal((count, width)).astype(np.float32)
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+
+def test_rates_are_those_of_all_votes_at_once(monkeypatch):
+    rng = np.random.default_rng(0)
+    train, val = unit_rows(rng, 300), unit_rows(rng, 101)
+    train_labels, val_labels = rng.integers(0, 12, 300), rng.integers(0, 12, 101)
+    expected = knn_classify(train, train_labels, val, [50, 90])
+    monkeypatch.setattr(knn_module, "_CHUNK_ELEMENTS", 10_000)  # 7 rows
+    found = results(monkeypatch, train, train_labels, val, val_labels, k=[50, 90, 50])
+    assert len(found) == 4
+    for k, votes in expected.items():
+        for top in (1, 5):
+            assert found[f"knn_top{top}_k{k}"] == pytest.approx(accuracy(votes, val_labels, top), rel=1e-12)
+
+
+def test_memory_does_not_grow_with_test_rows_and_classes(monkeypatch):
+    rng = np.random.default_rng(0)
+    train, val = unit_rows(rng, 1000), unit_rows(rng, 4000)
+    monkeypatch.setattr(knn_module, "_CHUNK_ELEMENTS", 1 << 18)
+    tracemalloc.start()
+    try:
+        results(monkeypatch, train, np.arange(1000), val, np.arange(4000) % 1000, k=[10, 20])
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    votes = len(val) * 1000 * 8
+    assert peak < votes / 8
+
+
+def test_labels_may_be_large_ids(monkeypatch):
+    train = np.eye(4, dtype=np.float32)
+    ids = np.array([7, 20250101, 2**62, 20250101])
+    found = results(monkeypatch, train, ids, train[:3], np.array([7, 20250101, 8]), k=[1])
+    assert found["knn_top1_k1"] == pytest.approx(200 / 3)
+    # All three classes are among the five largest, but 8 is not a class of the training images.
+    assert found["knn_top5_k1"] == pytest.approx(200 / 3)
+
+
+def test_features_that_are_not_finite_have_no_score(monkeypatch):
+    train, broken = np.eye(3, dtype=np.float32), np.full((3, 3), np.nan, np.float32)
+    for features in ((train, broken), (broken, train)):
+        with pytest.raises(ValueError, match="3 of 3 .* feature rows are not finite .* weights are probably broken"):
+            results(monkeypatch, features[0], np.arange(3), features[1], np.arange(3))
+
+
+def test_numbered_lists_need_not_hold_the_same_classes(tmp_path):
+    for number in range(3):
+        Image.new("RGB", (2, 2), (80 * number, 0, 160)).save(tmp_path / f"{number}.png")
+    (tmp_path / "train.csv").write_text("path,label\n0.png,0\n1.png,1\n2.png,2\n")
+    (tmp_path / "val.csv").write_text("path,label\n0.png,0\n1.png,1\n")
+    train, val = (ImageList(list_file=tmp_path / name, transform=ToTensor()) for name in ("train.csv", "val.csv"))
+    assert KNN(train, val, k=[1]).run(paddle.nn.Flatten(), tmp_path)["knn_top1_k1"] == 100
+
+
+@pytest.mark.parametrize(
+    ("train", "val", "text"),
+    [
+        (["a", "b"], ["a", "c"], "only in one of them: b, c"),
+        (["a", "b"], ["b", "a"], "their order is not the same"),
+        (["a", "b"], [], r"train_dataset has class names \(a, b\) and val_dataset has numbers"),
+        ([], ["0", "1", "10"], "val_dataset has class names .* and train_dataset has numbers"),
+    ],
+)
+def test_classes_that_might_not_agree(train, val, text):
+    with pytest.raises(ValueError, match=text):
+        KNN(dataset([0, 1], train), dataset([0, 1], val))
+
+
+def test_classes_that_agree():
+    for train, val in ((["a", "b"], ["a", "b"]), (["0", "1"], []), ([], ["0", "1"])):
+        KNN(dataset([0, 1], train), dataset([0, 1], val))
+
+
+WRONG_BATCHES = [
+    ({"batch_size": 0}, r"batch_size \(0\) must be at least 1"),
+    ({"num_workers": -1}, r"num_workers \(-1\) must be at least 0"),
+]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        *WRONG_BATCHES,
+        ({"k": [20, 0]}, r"k \(\[20, 0\]\) must be"),
+        ({"k": []}, r"k \(\[\]\) must be"),
+        ({"temperature": 0}, r"temperature \(0\) must be positive"),
+        ({"temperature": float("nan")}, r"temperature \(nan\) must be positive"),
+        ({"val_dataset": dataset([0, -1])}, "1 of val_dataset are below"),
+    ],
+)
+def test_knn_refuses_when_built(arguments, text):
+    with pytest.raises(ValueError, match=text):
+        KNN(**{"train_dataset": dataset([0, 1]), "val_dataset": dataset([0, 1]), **arguments})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [*WRONG_BATCHES, ({"topk": []}, r"topk \(\[\]\) must be"), ({"topk": [1, 0]}, r"topk \(\[1, 0\]\) must be")],
+)
+def test_classification_refuses_when_built(arguments, text):
+    with pytest.raises(ValueError, match=text):
+        Classification(dataset([0, 1]), **arguments)

@@ -98,7 +98,8 @@ def test_a_zero_feature_has_a_finite_gradient():
 
 
 def test_wrong_arguments():
-    with pytest.raises(ValueError, match=r"num_layers \(0\) must be at least 1"):
-        DINOHead(4, 8, num_layers=0)
+    for name in ("out_dim", "num_layers", "hidden_dim", "bottleneck_dim"):
+        with pytest.raises(ValueError, match=rf"{name} \(0\) must be at least 1"):
+            DINOHead(4, **{name: 0})
     with pytest.raises(ValueError, match="batch norm needs at least 2 rows in training, got 1"):
         DINOHead(4, 8, use_bn=True)(paddle.zeros([1, 4]))

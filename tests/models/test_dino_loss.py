@@ -77,3 +77,23 @@ def test_peaked_logits_are_not_clamped(float64):
 def test_row_counts_that_do_not_fit(student_rows, teacher_rows):
     with pytest.raises(ValueError, match=f"student_logits has {student_rows} rows and teacher_logits {teacher_rows}"):
         DINOLoss(5)(paddle.zeros([student_rows, 5]), paddle.zeros([teacher_rows, 5]), 0.04)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"student_temp": 0.0}, r"student_temp \(0.0\) must be positive"),
+        ({"student_temp": float("nan")}, r"student_temp \(nan\) must be positive"),
+        ({"center_momentum": 1.5}, r"center_momentum \(1.5\) must be in \[0, 1\]"),
+        ({"center_momentum": -0.1}, r"center_momentum \(-0.1\) must be in \[0, 1\]"),
+    ],
+)
+def test_wrong_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        DINOLoss(5, **arguments)
+
+
+@pytest.mark.parametrize("teacher_temp", [0.0, -0.04])
+def test_a_teacher_temperature_that_is_not_positive(teacher_temp):
+    with pytest.raises(ValueError, match=rf"teacher_temp \({teacher_temp}\) must be positive"):
+        DINOLoss(5)(paddle.zeros([4, 5]), paddle.zeros([4, 5]), teacher_temp)

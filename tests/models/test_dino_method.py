@@ -129,6 +129,12 @@ def test_no_local_crops():
     assert np.isfinite(tiny_method()(batch, teacher_temp=0.04)["loss"].item())
 
 
+def test_a_batch_without_crops():
+    batch = {"image": paddle.zeros([4, 3, 16, 16]), "index": paddle.arange(4)}
+    with pytest.raises(ValueError, match="needs 'global_crops', and the batch has only image, index: .* MultiCrop"):
+        tiny_method()(batch, teacher_temp=0.04)
+
+
 @pytest.mark.smoke
 def test_frozen_last_layer_is_unknown_to_the_optimizer():
     method = tiny_method(freeze_last_layer=1)

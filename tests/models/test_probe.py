@@ -148,5 +148,31 @@ def test_convnet():
 def test_wrong_arguments():
     with pytest.raises(ValueError, match=r"num_classes \(0\) must be at least 1"):
         LinearProbe(vit, num_classes=0)
-    with pytest.raises(ValueError, match=r"n \(4\) must be between 1 and the number of blocks \(3\)"):
-        LinearProbe(vit, num_classes=2).predict(paddle.zeros([1, 3, 16, 16]))
+    for n_last_blocks in (0, 4):
+        expected = rf"n_last_blocks \({n_last_blocks}\) must be between 1 and .* blocks \(3\)"
+        with pytest.raises(ValueError, match=expected):
+            LinearProbe(vit, num_classes=2, n_last_blocks=n_last_blocks)
+    with pytest.raises(ValueError, match="the backbone Flatten has no embed_dim"):
+        LinearProbe(nn.Flatten, num_classes=2)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"label": [0]}, "needs 'image', and the batch has only label: .* yields one image"),
+        ({"image": [0], "index": [0]}, "needs 'label', and the batch has only image, index: .*ImageFolder.* csv"),
+        ({}, "the batch has only nothing"),
+    ],
+)
+def test_a_batch_without_images_or_labels(given, message):
+    with pytest.raises(ValueError, match=message):
+        LinearProbe(vit, num_classes=2, n_last_blocks=1)({key: paddle.to_tensor(value) for key, value in given.items()})
+
+
+@pytest.mark.parametrize("labels", [[0, 3], [-1, 2]])
+def test_labels_beyond_the_classes(labels):
+    probe = LinearProbe(vit, num_classes=3, n_last_blocks=1)
+    x = paddle.zeros([2, 3, 16, 16])
+    probe({"image": x, "label": paddle.to_tensor([0, 2])})
+    with pytest.raises(ValueError, match=rf"in 0 to 2 .*labels from {labels[0]} to {labels[1]}: set num_classes"):
+        probe({"image": x, "label": paddle.to_tensor(labels)})

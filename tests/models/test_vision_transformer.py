@@ -192,6 +192,11 @@ def test_size_that_the_patch_does_not_divide(shape):
     [
         ({"embed_dim": 10, "num_heads": 3}, r"embed_dim \(10\) must be a multiple of num_heads \(3\)"),
         ({"img_size": 8, "patch_size": 16}, r"img_size \(8\) must be at least patch_size \(16\)"),
+        ({"num_heads": 0}, r"num_heads \(0\) must be at least 1"),
+        ({"patch_size": 0}, r"patch_size \(0\) must be at least 1"),
+        ({"depth": 0}, r"depth \(0\) must be at least 1"),
+        ({"embed_dim": 0}, r"embed_dim \(0\) must be at least 1"),
+        ({"in_chans": 0}, r"in_chans \(0\) must be at least 1"),
         ({"pos_embed_mode": "crop"}, r"pos_embed_mode \('crop'\) must be 'scale' or 'size'"),
         ({"drop_path_rate": 1.0}, r"drop path rate \(1.0\) must be in \[0, 1\)"),
     ],

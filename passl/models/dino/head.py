@@ -44,8 +44,10 @@ class DINOHead(nn.Layer):
         bottleneck_dim: int = 256,
     ) -> None:
         super().__init__()
-        if num_layers < 1:
-            raise ValueError(f"num_layers ({num_layers}) must be at least 1")
+        sizes = {"out_dim": out_dim, "num_layers": num_layers, "hidden_dim": hidden_dim}
+        for name, value in {**sizes, "bottleneck_dim": bottleneck_dim}.items():
+            if value < 1:
+                raise ValueError(f"{name} ({value}) must be at least 1")
         self.out_dim = out_dim
         if num_layers == 1:
             self.mlp = Linear(in_dim, bottleneck_dim)

@@ -19,6 +19,10 @@ class DINOLoss(nn.Layer):
 
     def __init__(self, out_dim: int, student_temp: float = 0.1, center_momentum: float = 0.9) -> None:
         super().__init__()
+        if not student_temp > 0:
+            raise ValueError(f"student_temp ({student_temp}) must be positive")
+        if not 0 <= center_momentum <= 1:
+            raise ValueError(f"center_momentum ({center_momentum}) must be in [0, 1]")
         self.student_temp = student_temp
         self.center_momentum = center_momentum
         self.register_buffer("center", paddle.zeros([1, out_dim]))
@@ -27,6 +31,8 @@ class DINOLoss(nn.Layer):
 
     def forward(self, student_logits: Tensor, teacher_logits: Tensor, teacher_temp: float) -> Tensor:
         """student_logits: [V*B, K], the two global views first; teacher_logits: [2*B, K] -> scalar."""
+        if not teacher_temp > 0:
+            raise ValueError(f"teacher_temp ({teacher_temp}) must be positive")
         views = _num_views(student_logits.shape[0], teacher_logits.shape[0])
         dtype = self.center.dtype  # full precision, also of half-precision logits
         student_logits, teacher_logits = student_logits.astype(dtype), teacher_logits.detach().astype(dtype)

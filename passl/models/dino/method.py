@@ -89,6 +89,11 @@ class DINO(Method):
 
     def forward(self, batch: dict[str, Tensor], teacher_temp: float) -> dict[str, Tensor]:
         """batch: "global_crops" [2*B, C, H, W] and, if there are any, "local_crops" [n*B, C, h, w], view by view."""
+        if "global_crops" not in batch:
+            raise ValueError(
+                f"DINO needs 'global_crops', and the batch has only {', '.join(batch) or 'nothing'}: "
+                "give the data set of DataLoader.Train the transform MultiCrop"
+            )
         global_crops = batch["global_crops"]
         crops = [global_crops] + ([batch["local_crops"]] if "local_crops" in batch else [])
         with paddle.no_grad():

@@ -1,0 +1,113 @@
+"""Mistakes and broken data: found early, said clearly, and nothing is lost."""
+
+from __future__ import annotations
+
+import pytest
+
+from passl import checkpoint
+from passl.config import Config
+from passl.engine.run import differences
+from tests.engine import tiny
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("faults")
+    tiny.write_images(folder)
+    tiny.write_config(folder, tiny.PRETRAIN, "pretrain.yaml")
+    tiny.write_config(folder, tiny.PROBE, "probe.yaml")
+    done = tiny.run(tiny.TRAIN, "-c", folder / "pretrain.yaml", *tiny.overrides(Global__max_train_step=4))
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def refused(done, *texts):
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    for text in texts:
+        assert text in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("override", "text"),
+    [
+        ("Global.print_batch_step=0", "print_batch_step (0) must be at least 1"),
+        ("Global.max_num_latest_checkpoint=-2", "max_num_latest_checkpoint (-2)"),
+        ("Global.seed=-1", "Global.seed (-1) must be at least 0"),
+        ("DataLoader.Train.loader.num_workers=-1", "num_workers (-1)"),
+        ("Evaluators=[{name: Classification, dataset: {name: ImageFolder, root: {root}}}]", "DINO has none"),
+    ],
+)
+def test_bad_values_are_found_before_anything_is_made(folder, tmp_path, override, text):
+    override = override.replace("{root}", str(folder / "val"))
+    out = tiny.overrides(Global__output_dir=tmp_path / "out")
+    refused(tiny.run(tiny.TRAIN, "-c", folder / "pretrain.yaml", *out, "-o", override), text)
+    assert not (tmp_path / "out").exists()
+
+
+def test_resume_refuses_other_data_and_tells_other_settings(folder, tmp_path):
+    resume = tiny.overrides(Global__checkpoint=folder / "out/DINO/latest", Global__output_dir=tmp_path)
+    tiny.write_images(tmp_path / "more", train=6)
+    other = tiny.overrides(
+        DataLoader__Train__dataset__root=tmp_path / "more/train", DataLoader__Train__sampler__batch_size=4
+    )
+    done = tiny.run(tiny.TRAIN, "-c", folder / "pretrain.yaml", *resume, *other)
+    assert done.returncode == 1
+    assert "saved with" in done.stderr
+    done = tiny.run(tiny.TRAIN, "-c", folder / "pretrain.yaml", *resume, *tiny.overrides(Schedules__lr__base=0.01))
+    assert done.returncode == 0, done.stderr
+    assert "differs from that of the checkpoint: Schedules.lr.base: 0.05 -> 0.01" in done.stderr
+
+
+def test_differences_of_configurations():
+    old = {"Global": {"output_dir": "a", "seed": 1}, "Model": {"name": "DINO"}, "Evaluators": [1]}
+    new = Config({"Global": {"output_dir": "b", "seed": 2}, "Model": {"name": "DINO", "x": 3}, "Evaluators": [1]}, {})
+    assert differences(old, new) == ["Global.seed: 1 -> 2", "Model.x: None -> 3"]
+
+
+def test_an_evaluator_that_fails_does_not_lose_the_training(folder, tmp_path):
+    tiny.write_images(tmp_path, train=1)
+    for file in (tmp_path / "val").rglob("*.png"):
+        file.write_bytes(b"not an image")
+    knn = {
+        "name": "KNN",
+        "k": [3],
+        **{f"{s}_dataset": {"name": "ImageFolder", "root": str(tmp_path / s)} for s in ("train", "val")},
+    }
+    for data in (knn["train_dataset"], knn["val_dataset"]):
+        data["transform"] = [{"Resize": {"size": [16, 16]}}, {"ToTensor": {}}, {"Normalize": {}}]
+    options = tiny.overrides(Global__output_dir=tmp_path / "out", Global__save_interval=3, Evaluators=[knn])
+    done = tiny.run(tiny.TRAIN, "-c", folder / "pretrain.yaml", *options)
+    assert done.returncode == 1
+    assert "cannot be read" in done.stderr
+    assert checkpoint.read_states(tmp_path / "out/DINO/latest")["step"] == 3
+
+
+def test_labels_of_a_probe_are_compared(folder, tmp_path):
+    probe = ["-c", folder / "probe.yaml", *tiny.overrides(Global__output_dir=tmp_path / "out")]
+    refused(
+        tiny.run(tiny.TRAIN, *probe, *tiny.overrides(Model__num_classes=2)),
+        "DataLoader.Train: a label is 2, and Model.num_classes is 2",
+    )
+    unlabelled = f"{{name: ImageList, root: {folder}/val, transform: [ToTensor: ]}}"
+    for phase in ("Train", "Eval"):
+        refused(tiny.run(tiny.TRAIN, *probe, "-o", f"DataLoader.{phase}.dataset={unlabelled}"), f"DataLoader.{phase}")
+    (tmp_path / "val").mkdir()
+    for name in ("class1", "class2"):
+        (tmp_path / "val" / name).symlink_to(folder / "val" / name)
+    refused(
+        tiny.run(
+            tiny.TRAIN, *probe, *tiny.overrides(DataLoader__Eval__dataset__root=tmp_path / "val", Evaluators="null")
+        ),
+        "its classes are not those of DataLoader.Train",
+        "class0",
+    )
+    assert not (tmp_path / "out").exists()
+
+
+def test_home_is_expanded(folder, tmp_path):
+    options = tiny.overrides(Global__output_dir="~/runs", Global__max_train_step=1)
+    done = tiny.run(tiny.TRAIN, "-c", folder / "pretrain.yaml", *options, HOME=str(tmp_path), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "runs/DINO/latest.pdparams").is_file()
+    assert not (tmp_path / "~").exists()
