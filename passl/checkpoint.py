@@ -1,9 +1,8 @@
 """Files of weights and of whole runs: written atomically, read without executing anything, loaded with a strict report.
 
 A checkpoint is three files with one prefix: ``.pdparams`` (state of the method), ``.pdopt`` (state of the optimizer,
-keyed
-by structured parameter names) and ``.pdstates`` (step, metrics, versions, and the checksums of the other two). The last
-one is written last, so a set that has it and whose checksums agree is whole.
+keyed by structured parameter names) and ``.pdstates`` (step, metrics, versions, and the checksums of the other two).
+The last one is written last, so a set that has it and whose checksums agree is whole.
 """
 
 from __future__ import annotations
@@ -45,17 +44,49 @@ def _latin1_bytes(text: str, encoding: str) -> bytes:
     return text.encode("latin1")
 
 
+class _Dtype:
+    """Stands for numpy.dtype: numpy's own takes flags from the file that can crash the interpreter."""
+
+    def __init__(self, code: str, *_: bool) -> None:
+        self.dtype = np.dtype(str(code))
+        if self.dtype.kind not in "fiubcSU":
+            raise CheckpointError(f"arrays of {self.dtype}, not of numbers or text: refused")
+
+    def __setstate__(self, state: tuple) -> None:
+        self.dtype = self.dtype.newbyteorder(state[1])
+
+
+class _Array:
+    """Stands for numpy.ndarray while it is read; ``values`` is the array."""
+
+    values: np.ndarray
+
+    def __setstate__(self, state: tuple) -> None:
+        _, shape, kind, is_fortran, data = state
+        content = data.encode("latin1") if isinstance(data, str) else data
+        flat = np.frombuffer(content, kind.dtype) if content else np.empty(0, kind.dtype)
+        # A copy in this machine's byte order, that may be written to.
+        self.values = flat.astype(kind.dtype.newbyteorder("=")).reshape(shape, order="F" if is_fortran else "C")
+
+
+def _scalar(kind: _Dtype, data: Union[bytes, str]) -> Any:
+    array = _Array()
+    array.__setstate__((1, (), kind, False, data))
+    return array.values[()]
+
+
 class _NumpyUnpickler(pickle.Unpickler):
     """Reads what ``paddle.save`` writes of numpy arrays and plain containers, and refuses every other global."""
 
     _ALLOWED: ClassVar = {
-        ("multiarray", "_reconstruct"): np.array(0).__reduce__()[0],
-        ("multiarray", "scalar"): np.float64(0).__reduce__()[0],
-        ("numpy", "ndarray"): np.ndarray,
-        ("numpy", "dtype"): np.dtype,
+        ("multiarray", "_reconstruct"): lambda *_: _Array(),
+        ("multiarray", "scalar"): _scalar,
+        ("numpy", "ndarray"): _Array,
+        ("numpy", "dtype"): _Dtype,
         ("collections", "OrderedDict"): OrderedDict,
         ("builtins", "tuple"): tuple,
         ("_codecs", "encode"): _latin1_bytes,  # the bytes of an array, in pickle protocol 2
+        ("__builtin__", "bytes"): lambda: b"",  # those of an empty array
     }
 
     def find_class(self, module: str, name: str) -> Any:
@@ -115,9 +146,11 @@ def with_suffix(prefix: PathLike, suffix: str) -> Path:
 
 
 def _plain(value: Any) -> Any:
-    """``value`` without Paddle's wrappings: (name, array) pairs become arrays, the table of parameter names goes."""
-    if isinstance(value, tuple) and len(value) == 2 and isinstance(value[0], str) and isinstance(value[1], np.ndarray):
-        return value[1]
+    """``value`` without wrappings: (name, array) pairs become arrays, the table of parameter names goes."""
+    if isinstance(value, _Array):
+        return value.values
+    if isinstance(value, tuple) and len(value) == 2 and isinstance(value[0], str) and isinstance(value[1], _Array):
+        return value[1].values
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items() if key != _PARAMETER_NAMES}
     if isinstance(value, (list, tuple)):

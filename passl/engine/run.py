@@ -38,7 +38,7 @@ def checked(config: Config, training: bool) -> Config:
     Raises:
         ConfigError: with all problems.
     """
-    config, problems = translate(config)
+    config, problems = translate(config, training)
     try:
         check(config, schema(training))
     except ConfigError as error:
@@ -234,6 +234,9 @@ def _identity(loader: Loader, line: Timeline, seed: int) -> dict[str, int]:
 def _resume(prefix: Path, method: Method, optimizer: Optimizer, identity: Mapping[str, int]) -> dict[str, Any]:
     """Method and optimizer as they were saved under ``prefix``; returns the states saved with them."""
     states = checkpoint.read_states(prefix)
+    unknown = [key for key in (*identity, "epoch", "scaler", "progress", "config") if key not in states]
+    if unknown:
+        raise CheckpointError(f"{prefix}{checkpoint.STATES}: not of a passl run: it has no {', '.join(unknown)}")
     for key, value in identity.items():
         if states[key] != value:
             raise CheckpointError(

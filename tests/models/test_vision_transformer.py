@@ -97,7 +97,7 @@ def interpolated(pos_embed, img_size, patch_size, height, width, mode="scale") -
     paddle.set_default_dtype(str(pos_embed.dtype))
     try:
         dim = pos_embed.shape[-1]
-        model = VisionTransformer(img_size, patch_size, 1, dim, depth=0, num_heads=1, pos_embed_mode=mode)
+        model = VisionTransformer(img_size, patch_size, 1, dim, depth=1, num_heads=1, pos_embed_mode=mode)
         model.pos_embed.set_value(pos_embed)
         with paddle.no_grad():
             return model.interpolate_pos_encoding(height, width).numpy()
@@ -106,7 +106,7 @@ def interpolated(pos_embed, img_size, patch_size, height, width, mode="scale") -
 
 
 def test_position_encoding_is_differentiable():
-    model = VisionTransformer(32, 8, 1, embed_dim=4, depth=0, num_heads=1)
+    model = VisionTransformer(32, 8, 1, embed_dim=4, depth=1, num_heads=1)
     model.interpolate_pos_encoding(16, 40).sum().backward()
     gradient = model.pos_embed.grad.numpy()
     assert_close(gradient[0, 0], np.ones(4), 1e-6)
