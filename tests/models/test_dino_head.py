@@ -100,5 +100,5 @@ def test_a_zero_feature_has_a_finite_gradient():
 def test_wrong_arguments():
     with pytest.raises(ValueError, match=r"num_layers \(0\) must be at least 1"):
         DINOHead(4, 8, num_layers=0)
-    with pytest.raises(ValueError, match="batch norm needs at least 2 rows in training, got 1"):
+    with pytest.raises(ValueError, match="batch norm needs at least 2 values per channel in training, got 1"):
         DINOHead(4, 8, use_bn=True)(paddle.zeros([1, 4]))
