@@ -17,7 +17,9 @@ from passl.registry import BACKBONES
 _STRIDES = {8: 3, 16: 4}
 
 
-def _conv(in_dim: int, out_dim: int, kernel_size: int, stride: int = 1, groups: int = 1, bias: bool = True):
+def _conv(
+    in_dim: int, out_dim: int, kernel_size: int, stride: int = 1, groups: int = 1, bias: bool = True
+) -> nn.Conv2D:
     """A convolution that keeps the size (divided by the stride), with PyTorch's default initialisation."""
     uniform = torch_uniform(in_dim // groups * kernel_size**2)
     return nn.Conv2D(

@@ -171,6 +171,15 @@ def test_tokens_that_are_all_zero_have_finite_gradients():
     assert np.isfinite(attention.qkv.weight.grad.numpy()).all()
 
 
+def test_patch_tokens_go_through_both_branches_of_the_class_attention():
+    """Which two class attention blocks alone do not show: the next norm takes the factor 2 out."""
+    model = tiny(tokens_norm=False, layer_scale=0.5)
+    block = model.cls_attn_blocks[0]
+    x = paddle.randn([2, 7, 12])
+    expected = 2.0 * (x + 0.5 * block.norm1(x))
+    assert_close(block(x)[:, 1:], expected[:, 1:], 1e-6)
+
+
 def test_rows_come_before_columns_in_the_positions():
     """Exchanging the two halves of the projection's weights transposes the grid."""
     model = tiny()
