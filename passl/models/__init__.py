@@ -4,7 +4,23 @@ from passl.models.dino import DINO, DINOHead, DINOLoss
 from passl.models.method import Method
 from passl.models.pixels import RawPixels
 from passl.models.probe import LinearProbe
+from passl.models.resnet import ResNet, resnet18, resnet34, resnet50, resnet101, resnet152
 from passl.models.vision_transformer import VisionTransformer, vit_base, vit_small, vit_tiny
+from passl.models.xcit import (
+    XCiT,
+    xcit_medium_24_p8,
+    xcit_medium_24_p16,
+    xcit_nano_12_p8,
+    xcit_nano_12_p16,
+    xcit_small_12_p8,
+    xcit_small_12_p16,
+    xcit_small_24_p8,
+    xcit_small_24_p16,
+    xcit_tiny_12_p8,
+    xcit_tiny_12_p16,
+    xcit_tiny_24_p8,
+    xcit_tiny_24_p16,
+)
 
 __all__ = [
     "DINO",
@@ -13,8 +29,27 @@ __all__ = [
     "LinearProbe",
     "Method",
     "RawPixels",
+    "ResNet",
     "VisionTransformer",
+    "XCiT",
+    "resnet18",
+    "resnet34",
+    "resnet50",
+    "resnet101",
+    "resnet152",
     "vit_base",
     "vit_small",
     "vit_tiny",
+    "xcit_medium_24_p8",
+    "xcit_medium_24_p16",
+    "xcit_nano_12_p8",
+    "xcit_nano_12_p16",
+    "xcit_small_12_p8",
+    "xcit_small_12_p16",
+    "xcit_small_24_p8",
+    "xcit_small_24_p16",
+    "xcit_tiny_12_p8",
+    "xcit_tiny_12_p16",
+    "xcit_tiny_24_p8",
+    "xcit_tiny_24_p16",
 ]

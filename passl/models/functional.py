@@ -78,6 +78,14 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, epsilon: float) -> Tenso
     return F.layer_norm(x, x.shape[-1:], weight, bias, epsilon)
 
 
+def normalize(x: Tensor) -> Tensor:
+    """Vectors along the last axis at length 1 (those shorter than 1e-12 stay short). [..., N] -> [..., N]"""
+    if not on_cpu(x):
+        return F.normalize(x, axis=-1)
+    squares = paddle.matmul(x * x, paddle.ones([x.shape[-1], 1], x.dtype))
+    return x * paddle.rsqrt(squares.clip(min=1e-24))
+
+
 def weight_norm_linear(x: Tensor, direction: Tensor, gain: Tensor) -> Tensor:
     """x times the weight whose columns have the direction of `direction` [in_dim, K] and the length `gain` [K].
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import paddle
@@ -82,21 +83,40 @@ class BatchNorm1D(nn.BatchNorm1D):
     """Batch norm with PyTorch's running statistics: Paddle keeps the biased variance. x: [B, D] -> [B, D]."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.training and x.shape[0] < 2:
-            raise ValueError(f"batch norm needs at least 2 rows in training, got {x.shape[0]}")
-        mean, variance = self._mean, self._variance
-        if self.training:
-            self._update_statistics(x)
-            mean, variance = mean.clone(), variance.clone()  # for F.batch_norm to update in its own way
-        return F.batch_norm(x, mean, variance, self.weight, self.bias, self.training, self._momentum, self._epsilon)
+        return _batch_norm(self, x)
 
-    @paddle.no_grad()
-    def _update_statistics(self, x: Tensor) -> None:
-        x = x.astype(self._mean.dtype)
-        mean = x.mean(0)
-        variance = (x - mean).square().sum(0) / (x.shape[0] - 1.0)  # x.var(0) warns of its own type promotion
-        for running, batch in ((self._mean, mean), (self._variance, variance)):
-            running.set_value(self._momentum * running + (1.0 - self._momentum) * batch)
+
+class BatchNorm2D(nn.BatchNorm2D):
+    """The same for images. x: [B, C, H, W] -> [B, C, H, W]."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _batch_norm(self, x)
+
+
+def _batch_norm(layer: nn.Layer, x: Tensor) -> Tensor:
+    """x: [B, C, ...] -> same shape; in training the running statistics of `layer` move as in PyTorch."""
+    if not layer.training:
+        return F.batch_norm(x, layer._mean, layer._variance, layer.weight, layer.bias, epsilon=layer._epsilon)
+    count = x.size // x.shape[1]
+    if count < 2:
+        raise ValueError(f"batch norm needs at least 2 values per channel in training, got {count}: use larger batches")
+    mean, variance = paddle.zeros_like(layer._mean), paddle.zeros_like(layer._variance)
+    # Momentum 0 brings out the batch's own statistics; the kernel knows others in float32 only.
+    y = F.batch_norm(x, mean, variance, layer.weight, layer.bias, True, 0.0, layer._epsilon)
+    with paddle.no_grad():
+        if _variance_is_biased(paddle.get_device()):
+            variance *= count / (count - 1.0)
+        for running, batch in ((layer._mean, mean), (layer._variance, variance)):
+            running.set_value(layer._momentum * running + (1.0 - layer._momentum) * batch)
+    return y
+
+
+@functools.cache
+def _variance_is_biased(device: str) -> bool:
+    """Whether the batch norm of the current device keeps the biased variance, as on a CPU; cuDNN's is unbiased."""
+    mean, variance, one = paddle.zeros([1]), paddle.zeros([1]), paddle.ones([1])
+    F.batch_norm(paddle.to_tensor([[0.0], [2.0]]), mean, variance, one, one, training=True, momentum=0.0)
+    return variance.item() < 1.5
 
 
 def learned_parameters(layer: nn.Layer) -> list[Tensor]:

@@ -101,5 +101,5 @@ def test_wrong_arguments():
     for name in ("out_dim", "num_layers", "hidden_dim", "bottleneck_dim"):
         with pytest.raises(ValueError, match=rf"{name} \(0\) must be at least 1"):
             DINOHead(4, **{name: 0})
-    with pytest.raises(ValueError, match="batch norm needs at least 2 rows in training, got 1"):
+    with pytest.raises(ValueError, match="batch norm needs at least 2 values per channel in training, got 1"):
         DINOHead(4, 8, use_bn=True)(paddle.zeros([1, 4]))

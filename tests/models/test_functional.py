@@ -5,7 +5,7 @@ import paddle
 import paddle.nn.functional as F
 import pytest
 
-from passl.models import VisionTransformer, functional
+from passl.models import ResNet, VisionTransformer, XCiT, functional
 from tests.models.weights import assert_close
 
 
@@ -88,12 +88,33 @@ def test_sums():
     check(functional.sum_columns, lambda x: x.sum(1, keepdim=True), [[4, 9]])
 
 
-def test_networks_can_be_exported(tmp_path):
-    """Traced programs hold Paddle's own operations, and any number of images."""
-    model = VisionTransformer(16, 8, embed_dim=6, depth=2, num_heads=2)
+@pytest.mark.parametrize("shape", [[7, 5], [2, 3, 4, 5]])
+def test_normalize(shape):
+    check(functional.normalize, lambda x: x / x.square().sum(-1, keepdim=True).sqrt(), [shape])
+
+
+def test_normalize_zeros():
+    x = paddle.to_tensor([[0.0, 0.0], [3.0, 4.0]], stop_gradient=False)
+    y = functional.normalize(x)
+    y.sum().backward()
+    assert_close(y.detach(), [[0.0, 0.0], [0.6, 0.8]], 1e-6)
+    assert np.isfinite(x.grad.numpy()).all()
+
+
+@pytest.mark.parametrize(
+    ("build", "size"),
+    [
+        (lambda: VisionTransformer(16, 8, embed_dim=6, depth=2, num_heads=2), (16, 24)),
+        (lambda: XCiT(8, embed_dim=8, depth=1, num_heads=2), (16, 24)),
+        (lambda: ResNet((1, 1, 1, 1), width=4), (None, None)),
+    ],
+    ids=["VisionTransformer", "XCiT", "ResNet"],
+)
+def test_networks_can_be_exported(tmp_path, build, size):
+    """Traced programs hold Paddle's own operations, and any number of images; convnets take any size."""
+    model = build()
     model.eval()
-    images = paddle.static.InputSpec([None, 3, 16, 24])
-    paddle.jit.save(model, str(tmp_path / "model"), input_spec=[images])
+    paddle.jit.save(model, str(tmp_path / "model"), input_spec=[paddle.static.InputSpec([None, 3, *size])])
     loaded = paddle.jit.load(str(tmp_path / "model"))
     x = paddle.randn([3, 3, 16, 24])
     assert_close(loaded(x).detach(), model(x).detach(), 1e-6)
