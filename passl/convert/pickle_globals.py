@@ -46,7 +46,6 @@ _REFUSED = {
     ("torch._utils", "_rebuild_qtensor"): "a quantised tensor",
     ("torch._utils", "_rebuild_meta_tensor_no_storage"): "a tensor on the device 'meta', which has no numbers",
 }
-_TORCH_WORDS = ("strided", "contiguous_format", "channels_last", "channels_last_3d", "preserve_format")
 
 
 class StorageType(NamedTuple):
@@ -100,6 +99,7 @@ class Globals:
             self._function(module, "_reconstructor", _reconstructed)
         self._function("collections", "OrderedDict", self._ordered_dict)
         self._function("collections", "defaultdict", lambda factory=None: {})
+        self._function("collections", "Counter", lambda items=(): dict(self._ordered_dict(items)))
         self._function("argparse", "Namespace", argparse.Namespace)
         self._function("_codecs", "encode", self._latin1)
         for module in ("pathlib", "pathlib._local"):
@@ -123,7 +123,7 @@ class Globals:
     def _ordered_dict(self, items: Any = ()) -> OrderedDict:
         self._budget.spend(_ITEM_BYTES * len(items))
         result: OrderedDict = OrderedDict()
-        add_items(result, items)
+        add_items(result, items.items() if isinstance(items, dict) else items)
         return result
 
     def _latin1(self, text: str, encoding: str) -> bytes:
@@ -171,7 +171,7 @@ class Globals:
         for name, element in _STORAGES.items():
             for module in ("torch", "torch.cuda", "torch.storage"):
                 self.table[module, name] = StorageType(f"{module}.{name}", ELEMENTS[element])
-        for word in (*ELEMENTS, *_TORCH_WORDS):
+        for word in ELEMENTS:
             self.table["torch", word] = f"torch.{word}"
         self._function("torch.serialization", "_get_layout", _device)
         self._function("torch", "Size", self._container(tuple))
@@ -263,13 +263,31 @@ def _element(name: Any) -> Element:
     return ELEMENTS[name[len("torch.") :]]
 
 
-def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> np.ndarray:
+def _tensor(
+    storage: Any, offset: Any, shape: Any, strides: Any, grad: Any = False, hooks: Any = None, metadata: Any = None
+) -> np.ndarray:
+    _check_metadata(metadata)
     return storage.tensor(offset, shape, strides)
 
 
-def _tensor_of_bytes(storage: Any, offset: Any, shape: Any, strides: Any, *more: Any) -> np.ndarray:
-    """``more``: requires_grad, hooks, type, metadata."""
-    return storage.tensor(offset, shape, strides, _element(more[2]))
+def _tensor_of_bytes(
+    storage: Any,
+    offset: Any,
+    shape: Any,
+    strides: Any,
+    grad: Any,
+    hooks: Any,
+    dtype: Any,
+    metadata: Any = None,
+) -> np.ndarray:
+    _check_metadata(metadata)
+    return storage.tensor(offset, shape, strides, _element(dtype))
+
+
+def _check_metadata(metadata: Any) -> None:
+    for name in ("conj", "neg"):
+        if isinstance(metadata, dict) and metadata.get(name):
+            raise CheckpointFormatError(f"a tensor whose numbers have yet to be changed: save tensor.resolve_{name}()")
 
 
 def _parameter(data: Any, *_: Any) -> np.ndarray:

@@ -79,7 +79,7 @@ class MappedFile:
         """
         if start < 0 or size < 0 or start + size > self.size:
             raise CheckpointFormatError(
-                f"truncated: {size} bytes from byte {start} on are missing, the file has {self.size}"
+                f"truncated: {size} bytes from byte {start} on are missing: the file has {self.size}"
             )
         if start % alignment == 0:
             return self.map, start
@@ -118,6 +118,8 @@ def read_array(
 
 class Storage:
     """A run of ``numel`` numbers of type ``element`` in a buffer, which tensors view."""
+
+    name = "a storage"
 
     def __init__(self, buffer: Buffer, start: int, element: Element, numel: int, budget: Budget) -> None:
         self.numel = numel

@@ -1,4 +1,4 @@
-"""Members of a zip archive as ranges of a mapped file: stored ones only, everything checked, nothing unpacked.
+"""Members of a zip archive as ranges of a mapped file: everything checked, nothing unpacked.
 
 Python's zipfile is not used: it reads and unpacks members, and here they are to stay where they are. The format is
 that of PKWARE's APPNOTE 6.3.9, sections 4.3 (records) and 4.5.3 (64-bit sizes).
@@ -25,20 +25,21 @@ _IN_EXTRA_FIELD = 0xFFFFFFFF
 
 
 class Member(NamedTuple):
-    """A stored member: its bytes are ``size`` bytes from ``start`` on."""
+    """A member: ``size`` bytes from ``start`` on. ``refusal`` says why they are not its content, if they are not."""
 
     name: str
     start: int
     size: int
     checksum: int
+    refusal: str
 
 
 def zip_members(file: MappedFile) -> dict[str, Member]:
     """Members by name.
 
     Raises:
-        CheckpointFormatError: the archive is truncated or damaged, has a member twice, overlapping members, names that
-            lead out of a folder, or compressed or encrypted members.
+        CheckpointFormatError: the archive is truncated or damaged, has a member twice, overlapping members, or names
+            that lead out of a folder.
     """
     start, size, count = _directory(file)
     if count > _MAX_MEMBERS:
@@ -58,8 +59,13 @@ def zip_members(file: MappedFile) -> dict[str, Member]:
 
 def check_member(file: MappedFile, member: Member) -> None:
     """Raises:
-    CheckpointFormatError: the bytes of the member do not have the checksum that the archive states.
+    CheckpointFormatError: the member is compressed or encrypted (so nothing is ever unpacked to a size that only the
+        file claims), or its bytes do not have the checksum that the archive states.
     """
+    if member.refusal:
+        raise CheckpointFormatError(f"{member.name!r} in the archive is {member.refusal}")
+    if not member.checksum:  # so torch.save writes after set_crc32_options(False)
+        return
     value = 0
     view = memoryview(file.map)[member.start : member.start + member.size]
     for position in range(0, member.size, 1 << 24):
@@ -103,12 +109,11 @@ def _entries(file: MappedFile, position: int, end: int, count: int) -> Iterator[
         position += name_size + extra_size + comment_size
         size, packed, local = _wide_sizes(extra, size, packed, local)
         name = _checked_name(raw_name)
+        refusal = ""
         if method or flags & 1 or packed != size:
             kind = "encrypted" if flags & 1 else "compressed"
-            raise CheckpointFormatError(
-                f"{name!r} in the archive is {kind}, which torch.save never does: refused. Pack it without compression"
-            )
-        yield Member(name, _data_start(file, local, raw_name, method), size, checksum)
+            refusal = f"{kind}, as torch.save never does: refused. Unpack the archive and pack it without compression"
+        yield Member(name, _data_start(file, local, raw_name, method), packed, checksum, refusal)
 
 
 def _wide_sizes(extra: bytes, *sizes: int) -> list[int]:
