@@ -18,11 +18,11 @@ import numpy as np
 
 from passl.convert.limits import Budget, CheckpointFormatError, shown
 from passl.convert.pickle_machine import Global, add_items, checked_key
-from passl.convert.storage import ELEMENTS, Element
+from passl.convert.storage import ELEMENTS, MAX_DIMENSIONS, Element
 
 _NUMPY_DTYPE = re.compile(r"[<>|=]?(b1|[iu][1248]|f[248]|c(8|16)|[SU][1-9][0-9]{0,5})")
-_MAX_DIMENSIONS = 32
-_ITEM_BYTES = 16
+_ITEM_BYTES = 64  # of a list, a set or a dict, about
+_MAX_DEVICE_NAME = 32
 _STORAGES = {
     "DoubleStorage": "float64",
     "FloatStorage": "float32",
@@ -72,6 +72,7 @@ class Globals:
         if type(target) is argparse.Namespace:
             if type(state) is not dict or not all(_is_attribute(name) for name in state):
                 raise CheckpointFormatError("an argparse.Namespace with attributes that are none")
+            self._budget.spend(_ITEM_BYTES * len(state))
             vars(target).update(state)
         elif self._unfilled.pop(id(target), None) is not None:
             fill = _fill_array if isinstance(target, np.ndarray) else _set_byte_order
@@ -104,9 +105,9 @@ class Globals:
         self._function("_codecs", "encode", self._latin1)
         for module in ("pathlib", "pathlib._local"):
             for name in ("PosixPath", "PurePosixPath"):
-                self._function(module, name, PurePosixPath)
+                self._function(module, name, self._path(PurePosixPath))
             for name in ("WindowsPath", "PureWindowsPath"):
-                self._function(module, name, PureWindowsPath)
+                self._function(module, name, self._path(PureWindowsPath))
 
     def _function(self, module: str, name: str, build: Callable[..., Any]) -> None:
         self.table[module, name] = Global(f"{module}.{name}", build)
@@ -117,6 +118,13 @@ class Globals:
                 raise CheckpointFormatError(f"a {kind.__name__} of a {type(items).__name__}")
             self._budget.spend(_ITEM_BYTES * len(items))
             return kind(map(checked_key, items) if kind in (set, frozenset) else items)
+
+        return build
+
+    def _path(self, kind: type) -> Callable[..., Any]:
+        def build(*parts: str) -> Any:
+            self._budget.spend(sum(map(len, parts)))
+            return kind(*parts)
 
         return build
 
@@ -141,7 +149,7 @@ class Globals:
         self._function("numpy", "dtype", self._dtype)
         for core in ("numpy.core", "numpy._core"):
             self._function(f"{core}.multiarray", "_reconstruct", self._unfilled_array)
-            self._function(f"{core}.multiarray", "scalar", _scalar)
+            self._function(f"{core}.multiarray", "scalar", self._scalar)
             self._function(f"{core}.numeric", "_frombuffer", self._array_of_buffer)
 
     def _dtype(self, code: Any, align: Any = False, copy: Any = False) -> np.dtype:
@@ -164,6 +172,10 @@ class Globals:
         if order not in ("C", "F"):
             raise CheckpointFormatError(f"an array in order {shown(order)}")
         return np.frombuffer(bytes(data), dtype).reshape(shape, order=order)
+
+    def _scalar(self, dtype: Any, data: Any) -> np.generic:
+        self._budget.spend(_check_array((), dtype, _raw(data)))
+        return np.frombuffer(_raw(data), np.dtype(dtype.str))[0]
 
     # --- PyTorch ---
 
@@ -203,7 +215,9 @@ def _is_attribute(name: Any) -> bool:
 
 
 def _complex(real: float, imaginary: float) -> complex:
-    return complex(float(real), float(imaginary))
+    if type(real) is not float or type(imaginary) is not float:
+        raise CheckpointFormatError("a complex number whose parts are none")
+    return complex(real, imaginary)
 
 
 def _reconstructed(kind: Any, base: Any, state: Any) -> Any:
@@ -218,10 +232,10 @@ def _raw(data: Any) -> bytes:
 
 
 def _check_array(shape: Any, dtype: Any, data: Any) -> int:
-    """Bytes of an array, all of whose description fits."""
+    """Bytes of an array whose description fits."""
     if not isinstance(dtype, np.dtype) or not isinstance(data, (bytes, bytearray)):
         raise CheckpointFormatError("a numpy array of objects, or of no type: refused")
-    if type(shape) is not tuple or len(shape) > _MAX_DIMENSIONS or not all(type(n) is int and n >= 0 for n in shape):
+    if type(shape) is not tuple or len(shape) > MAX_DIMENSIONS or not all(type(n) is int and n >= 0 for n in shape):
         raise CheckpointFormatError(f"a numpy array of shape {shown(shape)}")
     if math.prod(shape) * dtype.itemsize != len(data):
         raise CheckpointFormatError(f"a numpy array of shape {shape} and type {dtype} in {len(data)} bytes")
@@ -246,14 +260,9 @@ def _set_byte_order(dtype: np.dtype, state: Any) -> int:
     return 0
 
 
-def _scalar(dtype: Any, data: Any) -> np.generic:
-    _check_array((), dtype, _raw(data))
-    return np.frombuffer(_raw(data), np.dtype(dtype.str))[0]
-
-
 def _device(kind: Any, index: Any = None) -> str:
-    if not isinstance(kind, str) or not (index is None or type(index) is int):
-        raise CheckpointFormatError("a torch.device whose name is no text")
+    if type(kind) is not str or len(kind) > _MAX_DEVICE_NAME or not (index is None or type(index) is int):
+        raise CheckpointFormatError(f"a torch.device named {shown(kind)}")
     return kind if index is None else f"{kind}:{index}"
 
 

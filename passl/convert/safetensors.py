@@ -11,9 +11,10 @@ from typing import Any, Union
 import numpy as np
 
 from passl.convert.limits import Budget, CheckpointFormatError, blaming, shown
-from passl.convert.storage import ELEMENTS, Element, MappedFile, Storage, byte_size, contiguous_strides
+from passl.convert.storage import ELEMENTS, MAX_DIMENSIONS, Element, MappedFile, Storage, byte_size, contiguous_strides
 
-_MAX_HEADER = 100_000_000  # the limit of the official reader
+# The official reader takes 100 MB, which Python would turn into gigabytes; 1000 tensors have 0.1 MB.
+_MAX_HEADER = 16 << 20
 _MAX_DIGITS = 19
 _TYPES = {
     "F64": "float64",
@@ -80,7 +81,7 @@ def _checked(name: str, entry: Any) -> tuple[Element, tuple[int, ...], int, int]
     kind, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(kind, str) or kind not in _TYPES:
         raise CheckpointFormatError(f"{shown(name)} is of type {shown(kind)}; known are {', '.join(_TYPES)}")
-    if not (_are_sizes(shape) and len(shape) <= 32 and _are_sizes(offsets) and len(offsets) == 2):
+    if not (_are_sizes(shape) and len(shape) <= MAX_DIMENSIONS and _are_sizes(offsets) and len(offsets) == 2):
         raise CheckpointFormatError(f"{shown(name)} has shape {shown(shape)} and data_offsets {shown(offsets)}")
     element = ELEMENTS[_TYPES[kind]]
     if offsets[1] - offsets[0] != byte_size(element, shape):

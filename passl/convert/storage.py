@@ -12,7 +12,7 @@ import numpy as np
 
 from passl.convert.limits import Budget, CheckpointFormatError, shown
 
-_MAX_DIMENSIONS = 32  # of numpy 1
+MAX_DIMENSIONS = 32  # of numpy 1
 Buffer = Union[mmap.mmap, np.ndarray]
 
 
@@ -179,9 +179,9 @@ def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
 
 
 def _sizes(value: Any, what: str) -> tuple[int, ...]:
-    if not isinstance(value, (tuple, list)) or len(value) > _MAX_DIMENSIONS or not all(map(_is_size, value)):
+    if not isinstance(value, (tuple, list)) or len(value) > MAX_DIMENSIONS or not all(map(_is_size, value)):
         raise CheckpointFormatError(
-            f"the {what} of a tensor must be at most {_MAX_DIMENSIONS} sizes, not {shown(value)}"
+            f"the {what} of a tensor must be at most {MAX_DIMENSIONS} sizes, not {shown(value)}"
         )
     return tuple(value)
 

@@ -36,6 +36,9 @@ def load_torch(path: Union[str, Path]) -> Any:
     own, and the file must not be written to while it lives (replacing or deleting it is harmless). A Parameter is its
     array, a torch.Size a tuple, a device or dtype its text; attributes of an OrderedDict (``_metadata``) are left out.
 
+    The zip format has checksums, and all are compared. The older one has none: damage to its numbers is not noticed,
+    nor is a name or a size that was changed into another possible one.
+
     Raises:
         CheckpointFormatError: the file is missing, damaged, hostile, no file of PyTorch, or holds anything else (the
             text gives its full name).

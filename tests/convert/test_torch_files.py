@@ -6,6 +6,7 @@ import argparse
 import hashlib
 import json
 import mmap
+import re
 import subprocess
 import sys
 import tracemalloc
@@ -75,13 +76,18 @@ def check_contents(name: str, checkpoint: dict, contents: dict, is_copy: bool) -
             if is_copy and path.endswith("/step"):
                 continue
             assert f"{type(value).__module__}.{type(value).__name__}" == expected["kind"], (name, path)
-            assert repr(value) == expected["repr"] or value == float(expected["repr"].strip("np.float64()")), path
+            assert plain_repr(repr(value)) == plain_repr(expected["repr"]), (name, path)
         elif not (is_copy and path.endswith("/step")):
             assert f"torch.{value.dtype}" == expected["dtype"], (name, path)
             assert list(value.shape) == expected["shape"], (name, path)
             assert value.flags.c_contiguous
             assert not value.flags.writeable
             assert hashlib.sha256(value.tobytes()).hexdigest() == expected["sha256"], (name, path)
+
+
+def plain_repr(text: str) -> str:
+    """`text` as numpy 1 writes it, which leaves out the type of a scalar."""
+    return re.sub(r"np\.\w+\((.*)\)", r"\1", text)
 
 
 def value_at(value: Any, path: str) -> Any:
