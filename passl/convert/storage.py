@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import mmap
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Optional, Union
@@ -57,7 +58,7 @@ class MappedFile:
         if not path.is_file():
             raise CheckpointFormatError("no such file" if not path.exists() else "not a file")
         self._file = path.open("rb")
-        self.size = path.stat().st_size
+        self.size = os.fstat(self._file.fileno()).st_size
         if not self.size:
             self._file.close()
             raise CheckpointFormatError("the file is empty")

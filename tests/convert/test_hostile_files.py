@@ -45,7 +45,7 @@ def refused(path: Path, message: str) -> None:
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < (100 << 20) + 30 * path.stat().st_size
-    assert time.perf_counter() - started < 10
+    assert time.perf_counter() - started < 60
     assert str(found.value).startswith(str(path))
     assert len(str(found.value)) < 1000
 

@@ -64,7 +64,7 @@ def test_mutated_files_end_in_the_error_or_load(reference, tmp_path, name):
             found, peak = load_and_measure(path)
         except CheckpointFormatError:
             continue
-        assert time.perf_counter() - started < 5, seed
+        assert time.perf_counter() - started < 20, seed
         assert peak < 100 << 20, seed
         if has_checksums:
             assert shapes(found) == expected, seed
