@@ -128,6 +128,13 @@ def test_other_tensors_are_refused_by_name(tmp_path, write, name, what):
     refused(write(tmp_path / "w.pth", Call(Named("torch._utils", name), (1, 2))), what)
 
 
+@pytest.mark.parametrize("name", ["conj", "neg"])
+def test_tensors_to_be_conjugated_are_refused(tmp_path, write, name):
+    plain = view(STORAGE, 0, (3, 4), (4, 1))
+    content = Call(plain.function, (*plain.arguments, {name: True}))
+    refused(write(tmp_path / "w.pth", content), rf"save tensor\.resolve_{name}\(\)")
+
+
 @pytest.mark.parametrize(
     "content",
     [

@@ -7,10 +7,12 @@ import hashlib
 import json
 import mmap
 import re
+import struct
 import subprocess
 import sys
 import tracemalloc
-from collections import OrderedDict
+import zipfile
+from collections import Counter, OrderedDict, defaultdict
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -200,6 +202,23 @@ def test_tensors_of_bytes_and_tensors_with_attributes(tmp_path):
     found = load_torch(write_zip(tmp_path / "w.pth", [of_bytes, attributed]))
     np.testing.assert_array_equal(found[0], [2, 3])
     np.testing.assert_array_equal(found[1], FLOATS)
+
+
+def test_dicts_of_other_classes_are_dicts(tmp_path, write):
+    value = {"counter": Counter("aab"), "default": defaultdict(list, a=[1]), "ordered": OrderedDict(a=1)}
+    found = load_torch(write(tmp_path / "w.pth", value))
+    assert found == value
+    assert [type(item) for item in found.values()] == [dict, dict, OrderedDict]
+
+
+def test_an_archive_without_checksums(tmp_path):
+    """torch.save writes zeros for them after set_crc32_options(False)."""
+    path = write_zip(tmp_path / "w.pth", tensor(FLOATS))
+    content = path.read_bytes()
+    for info in zipfile.ZipFile(path).infolist():
+        content = content.replace(struct.pack("<L", info.CRC), bytes(4))
+    path.write_bytes(content)
+    np.testing.assert_array_equal(load_torch(path), FLOATS)
 
 
 def test_parts_of_storages_of_old_files(tmp_path):
