@@ -8,14 +8,14 @@ import paddle
 import pytest
 from paddle import nn
 
+from passl.convert import load_torch
 from passl.models import LinearProbe, VisionTransformer
 from tests.models.weights import assert_close, load
-from tests.torch_files import load_torch_zip
 
 
 def recorded_probe(reference, case: str, recorded) -> LinearProbe:
     meta = json.loads((reference / "eval_meta.json").read_text())[f"linear_{case}"]
-    state = load_torch_zip(reference / "linear_backbone_fullstyle.pth")
+    state = load_torch(reference / "linear_backbone_fullstyle.pth")
     state = state.get(meta["args"]["checkpoint_key"], state)
     state = {name.replace("module.", "").replace("backbone.", ""): value for name, value in state.items()}
     img_size = meta["arch"]["patch_size"] * round((state["pos_embed"].shape[1] - 1) ** 0.5)

@@ -7,10 +7,10 @@ import numpy as np
 import paddle
 import pytest
 
+from passl.convert import load_torch
 from passl.models import VisionTransformer, vit_base, vit_small, vit_tiny
 from passl.registry import BACKBONES
 from tests.models.weights import assert_close, generated_state, load, load_refgen, to_torch
-from tests.torch_files import load_torch_zip
 
 
 def images(recorded: np.ndarray) -> paddle.Tensor:
@@ -21,7 +21,7 @@ def images(recorded: np.ndarray) -> paddle.Tensor:
 def recorded_model(reference, patch_size: int, recorded) -> VisionTransformer:
     config = dict(zip(recorded["cfg_names"].tolist(), recorded["cfg_values"].tolist()))
     mlp_ratio = config.pop("mlp_ratio")
-    state = load_torch_zip(reference / f"vit_p{patch_size}_backbone.pth")
+    state = load_torch(reference / f"vit_p{patch_size}_backbone.pth")
     sizes = {name: int(value) for name, value in config.items()}
     model = VisionTransformer(img_size_of(state, patch_size), mlp_ratio=mlp_ratio, **sizes)
     assert list(model.state_dict()) == recorded["state_dict_names"].tolist()
@@ -120,7 +120,7 @@ def test_size_mode_agrees_with_clemsgrs(reference):
     config = json.loads((reference / "hipt_meta.json").read_text())["patch"]
     arch = {key: config[key] for key in ("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio")}
     recorded = np.load(reference / "hipt_models.npz")
-    state = load_torch_zip(reference / "hipt_patch_backbone.pth")
+    state = load_torch(reference / "hipt_patch_backbone.pth")
     model = VisionTransformer(img_size_of(state, arch["patch_size"]), pos_embed_mode="size", **arch)
     load(model, state)
     model.eval()
