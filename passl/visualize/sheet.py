@@ -12,7 +12,7 @@ from passl.data.datasets import ImageFolder
 _GAP = 2
 
 
-def contact_sheet(root: Path, target: Path, per_class: int = 6, side: int = 64) -> Path:
+def contact_sheet(root: Path, target: Path, per_class: int = 4, side: int = 48) -> Path:
     """Draw the first `per_class` images of each class folder in `root` as one PNG, a column for each class.
 
     side: pixels of a square cell; larger images are shrunk into it, undistorted.
