@@ -8,10 +8,10 @@ import numpy as np
 import paddle
 import pytest
 
+from passl.convert import load_torch
 from passl.models import LinearProbe, XCiT
 from passl.registry import BACKBONES
 from tests.models.weights import assert_close, generated_state, load, load_refgen, to_torch, torch_name
-from tests.torch_files import load_torch_zip
 
 tiny = functools.partial(XCiT, patch_size=8, embed_dim=12, depth=2, num_heads=3)
 
@@ -25,7 +25,7 @@ def recorded(reference):
 
 def recorded_model(reference, tag: str) -> XCiT:
     """The small model whose weights are stored; the tag (tiny_p8_tokens_norm) says what the weights cannot."""
-    state = load_torch_zip(reference / f"xcit_{tag}.pth")
+    state = load_torch(reference / f"xcit_{tag}.pth")
     embed_dim = state["cls_token"].shape[-1]
     model = XCiT(
         patch_size=int(re.search(r"_p(\d+)", tag)[1]),
