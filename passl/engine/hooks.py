@@ -216,6 +216,7 @@ class CheckpointHook:
             self.save(trainer, is_best)
 
     def save(self, trainer: Trainer, is_best: bool) -> None:
+        """Save now. A full disk is an error only at the last step: before it, the next attempt may succeed."""
         trainer.check_finite()
         trainer.check_weights()  # on every process: they are equal, so all stop
         if not distributed.is_main():

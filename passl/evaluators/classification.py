@@ -61,6 +61,7 @@ def count_hits(logits: np.ndarray, labels: np.ndarray, k: int) -> int:
 
 
 def check_batches(batch_size: int, num_workers: int) -> None:
+    """Raises ValueError for what an evaluator's loader would refuse, before anything is trained."""
     if batch_size < 1:
         raise ValueError(f"batch_size ({batch_size}) must be at least 1")
     if num_workers < 0:

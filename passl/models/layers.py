@@ -25,6 +25,13 @@ def torch_uniform(fan_in: int) -> nn.initializer.Initializer:
     return nn.initializer.Uniform(-bound, bound)
 
 
+def check_positive(**sizes: int) -> None:
+    """Raises ValueError, with the name, for a size of a network that is below 1."""
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"{name} ({size}) must be at least 1")
+
+
 class Linear(nn.Linear):
     """A linear layer as transformers and heads begin with: N(0, init_std), bias 0. [..., in] -> [..., out]"""
 

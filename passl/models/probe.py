@@ -8,7 +8,7 @@ import paddle
 import paddle.nn.functional as F
 from paddle import Tensor, nn
 
-from passl.models.layers import ZERO
+from passl.models.layers import ZERO, check_positive
 from passl.models.method import Method
 from passl.registry import METHODS
 
@@ -43,8 +43,7 @@ class LinearProbe(Method):
         avgpool: bool = False,
     ) -> None:
         super().__init__()
-        if num_classes < 1:
-            raise ValueError(f"num_classes ({num_classes}) must be at least 1")
+        check_positive(num_classes=num_classes)
         self.backbone = backbone()
         self._has_blocks = hasattr(self.backbone, "get_intermediate_layers")
         if not hasattr(self.backbone, "embed_dim"):

@@ -9,7 +9,7 @@ from typing import Optional
 import paddle.nn.functional as F
 from paddle import Tensor, nn
 
-from passl.models.layers import BatchNorm2D
+from passl.models.layers import BatchNorm2D, check_positive
 from passl.registry import BACKBONES
 
 
@@ -91,8 +91,7 @@ class ResNet(nn.Layer):
         super().__init__()
         if len(depths) != 4 or min(depths) < 1:
             raise ValueError(f"depths ({list(depths)}) must be four numbers of blocks, each at least 1")
-        if width < 1:
-            raise ValueError(f"width ({width}) must be at least 1")
+        check_positive(width=width, in_chans=in_chans)
         block = Bottleneck if bottleneck else BasicBlock
         self.embed_dim = 8 * width * block.expansion
         self.conv1 = _conv(in_chans, width, 7, stride=2)

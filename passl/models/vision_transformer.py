@@ -9,7 +9,16 @@ import paddle
 from paddle import Tensor, nn
 
 from passl.models import functional
-from passl.models.layers import INIT_STD, NORMAL_002, DropPath, LayerNorm, Linear, Mlp, torch_uniform
+from passl.models.layers import (
+    INIT_STD,
+    NORMAL_002,
+    DropPath,
+    LayerNorm,
+    Linear,
+    Mlp,
+    check_positive,
+    torch_uniform,
+)
 from passl.registry import BACKBONES
 
 
@@ -110,10 +119,7 @@ class VisionTransformer(nn.Layer):
         init_std: float = INIT_STD,
     ) -> None:
         super().__init__()
-        sizes = {"patch_size": patch_size, "in_chans": in_chans, "embed_dim": embed_dim}
-        for name, value in {**sizes, "depth": depth, "num_heads": num_heads}.items():
-            if value < 1:
-                raise ValueError(f"{name} ({value}) must be at least 1")
+        check_positive(patch_size=patch_size, in_chans=in_chans, embed_dim=embed_dim, depth=depth, num_heads=num_heads)
         if img_size < patch_size:
             raise ValueError(f"img_size ({img_size}) must be at least patch_size ({patch_size})")
         if pos_embed_mode not in ("scale", "size"):

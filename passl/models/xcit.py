@@ -10,7 +10,17 @@ import paddle.nn.functional as F
 from paddle import Tensor, nn
 
 from passl.models import functional
-from passl.models.layers import NORMAL_002, ONE, BatchNorm2D, DropPath, LayerNorm, Linear, Mlp, torch_uniform
+from passl.models.layers import (
+    NORMAL_002,
+    ONE,
+    BatchNorm2D,
+    DropPath,
+    LayerNorm,
+    Linear,
+    Mlp,
+    check_positive,
+    torch_uniform,
+)
 from passl.registry import BACKBONES
 
 # Halvings of the resolution in the patch embedding.
@@ -209,6 +219,7 @@ class XCiT(nn.Layer):
         super().__init__()
         if patch_size not in _STRIDES:
             raise ValueError(f"patch_size ({patch_size}) must be 8 or 16")
+        check_positive(in_chans=in_chans, depth=depth, num_heads=num_heads, cls_attn_depth=cls_attn_depth)
         if embed_dim % num_heads:
             raise ValueError(f"embed_dim ({embed_dim}) must be a multiple of num_heads ({num_heads})")
         if embed_dim < patch_size // 2:

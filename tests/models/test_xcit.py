@@ -11,7 +11,15 @@ import pytest
 from passl.convert import load_torch
 from passl.models import LinearProbe, XCiT
 from passl.registry import BACKBONES
-from tests.models.weights import assert_close, generated_state, load, load_refgen, to_torch, torch_name
+from tests.models.weights import (
+    assert_close,
+    assert_gradients_reach_everything,
+    generated_state,
+    load,
+    load_refgen,
+    to_torch,
+    torch_name,
+)
 
 tiny = functools.partial(XCiT, patch_size=8, embed_dim=12, depth=2, num_heads=3)
 
@@ -152,12 +160,7 @@ def test_gradients_reach_everything(patch_size, tokens_norm):
     output = model(x)
     assert output.shape == [4, model.embed_dim]
     (output**3).sum().backward()
-    trained = {name: p for name, p in model.named_parameters() if not p.stop_gradient}
-    assert len(trained) == sum(not name.endswith(("_mean", "_variance")) for name in model.state_dict())
-    for name, parameter in trained.items():
-        assert np.isfinite(parameter.grad.numpy()).all(), name
-        assert parameter.grad.abs().max().item() > 0, name
-    assert x.grad.abs().max().item() > 0
+    assert_gradients_reach_everything(model, x)
 
 
 def test_tokens_that_are_all_zero_have_finite_gradients():
@@ -212,6 +215,8 @@ def test_size_that_the_patch_does_not_divide(shape):
         ({"patch_size": 14}, r"patch_size \(14\) must be 8 or 16"),
         ({"embed_dim": 10}, r"embed_dim \(10\) must be a multiple of num_heads \(3\)"),
         ({"embed_dim": 3}, r"embed_dim \(3\) must be at least patch_size / 2 \(4\)"),
+        ({"num_heads": 0}, r"num_heads \(0\) must be at least 1"),
+        ({"depth": 0}, r"depth \(0\) must be at least 1"),
         ({"drop_path_rate": 1.0}, r"drop path rate \(1.0\) must be in \[0, 1\)"),
     ],
 )

@@ -65,3 +65,13 @@ def assert_close(actual, expected, tolerance: float, what: str = "") -> None:
     assert actual.shape == expected.shape, f"{what}: shape {actual.shape}, expected {expected.shape}"
     difference = np.abs(actual - expected).max()
     assert difference <= tolerance, f"{what}: differs by {difference:.3g}, allowed {tolerance:.3g}"
+
+
+def assert_gradients_reach_everything(model, x):
+    """After a backward: finite gradients, not all zero, at the input and at every parameter but running statistics."""
+    trained = {name: p for name, p in model.named_parameters() if not p.stop_gradient}
+    assert len(trained) == sum(not name.endswith(("_mean", "_variance")) for name in model.state_dict())
+    for name, parameter in trained.items():
+        assert np.isfinite(parameter.grad.numpy()).all(), name
+        assert parameter.grad.abs().max().item() > 0, name
+    assert x.grad.abs().max().item() > 0

@@ -6,7 +6,7 @@ import paddle.nn.functional as F
 from paddle import Tensor, nn
 
 from passl.models.functional import weight_norm_linear
-from passl.models.layers import ONE, BatchNorm1D, Linear, torch_uniform
+from passl.models.layers import ONE, BatchNorm1D, Linear, check_positive, torch_uniform
 from passl.registry import HEADS
 
 
@@ -44,10 +44,7 @@ class DINOHead(nn.Layer):
         bottleneck_dim: int = 256,
     ) -> None:
         super().__init__()
-        sizes = {"out_dim": out_dim, "num_layers": num_layers, "hidden_dim": hidden_dim}
-        for name, value in {**sizes, "bottleneck_dim": bottleneck_dim}.items():
-            if value < 1:
-                raise ValueError(f"{name} ({value}) must be at least 1")
+        check_positive(out_dim=out_dim, num_layers=num_layers, hidden_dim=hidden_dim, bottleneck_dim=bottleneck_dim)
         self.out_dim = out_dim
         if num_layers == 1:
             self.mlp = Linear(in_dim, bottleneck_dim)
