@@ -135,9 +135,7 @@ def read_weights(prefix: PathLike) -> dict[str, np.ndarray]:
 
 
 def with_suffix(prefix: PathLike, suffix: str) -> Path:
-    """``prefix`` with ``suffix``; a prefix that carries one of the checkpoint suffixes already loses it first, and a
-    leading ``~`` is the home folder.
-    """
+    """``prefix`` with ``suffix``, instead of a checkpoint suffix that it may carry; ``~`` is the home folder."""
     text = os.path.expanduser(prefix)
     for known in (PARAMS, OPTIMIZER, STATES):
         if text.endswith(known):
@@ -215,9 +213,7 @@ def load_weights(layer: nn.Layer, state: Mapping[str, np.ndarray], source: PathL
 
 
 def backbone_state(state: Mapping[str, np.ndarray], which: str = "teacher") -> dict[str, np.ndarray]:
-    """The backbone's part of a state dict: of a whole DINO run (``which``: teacher or student), a probe, or a bare
-    backbone.
-    """
+    """The backbone's part of the state of a DINO run (``which``: teacher or student), a probe, or a backbone."""
     if which not in _BACKBONE_KEYS:
         raise CheckpointError(f"checkpoint_key ({which!r}) must be one of {', '.join(_BACKBONE_KEYS)}")
     for prefix in (_BACKBONE_KEYS[which], "backbone."):
@@ -271,8 +267,8 @@ class CheckpointStore:
         self.folder.mkdir(parents=True, exist_ok=True)
         prefix = self.folder / name
         # In one order: a resumed optimizer gives its entries in another than one that never stopped.
-        write(_sorted(params), with_suffix(prefix, PARAMS))
-        write(_sorted(optimizer), with_suffix(prefix, OPTIMIZER))
+        write(_ordered(params), with_suffix(prefix, PARAMS))
+        write(_ordered(optimizer), with_suffix(prefix, OPTIMIZER))
         checksums = {suffix: _checksum(with_suffix(prefix, suffix)) for suffix in (PARAMS, OPTIMIZER)}
         write({**states, "checksums": checksums}, with_suffix(prefix, STATES))
         for alias in ["latest", "best"] if best else ["latest"]:
@@ -373,8 +369,12 @@ def _run_states(path: Path) -> dict[str, Any]:
     return known
 
 
-def _sorted(state: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: _sorted(value) if isinstance(value, dict) else value for key, value in sorted(state.items())}
+def _ordered(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Equal states as equal files: keys in order, and no names of tensors that count what a process did before."""
+    for key, value in state.items():
+        if isinstance(value, paddle.Tensor) and value.name.startswith(("eager_tmp", "generated_tensor")):
+            value.name = key
+    return {key: _ordered(value) if isinstance(value, dict) else value for key, value in sorted(state.items())}
 
 
 def _checksum(path: Path) -> int:

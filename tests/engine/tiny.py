@@ -125,8 +125,10 @@ def overrides(**values: str) -> list[str]:
 
 
 def assert_same_checkpoint(one: Path, other: Path) -> None:
-    """Every array of the three files equal to the last bit."""
+    """Every array of the three files equal to the last bit, and so the files."""
     for suffix in (checkpoint.PARAMS, checkpoint.OPTIMIZER):
+        files = [checkpoint.with_suffix(prefix, suffix).read_bytes() for prefix in (one, other)]
+        assert files[0] == files[1], suffix
         a, b = (checkpoint.read(checkpoint.with_suffix(prefix, suffix)) for prefix in (one, other))
         assert sorted(a) == sorted(b)
         for name in a:
