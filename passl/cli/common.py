@@ -1,0 +1,81 @@
+"""What the console commands share: parsers, exit codes, errors, and a quiet import of Paddle."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import os
+import sys
+import time
+import warnings
+
+import passl
+
+CONFIG_ERROR, RUN_ERROR = 2, 1
+
+
+def new_parser(name: str, description: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        name, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--version", action="version", version=f"passl {passl.__version__}")
+    return parser
+
+
+def guarded(function: object, *arguments: object) -> None:
+    """Run to the end; an error of the user's gets its message alone, any other its traceback."""
+    from passl.checkpoint import CheckpointError
+    from passl.config import ConfigError
+    from passl.data.loader import BadSamplesError
+    from passl.engine.trainer import NonFiniteLossError
+
+    try:
+        try:
+            function(*arguments)
+        except BaseException:
+            _outlive_this_process()
+            raise
+    except ConfigError as error:
+        stop(error, CONFIG_ERROR)
+    except (CheckpointError, BadSamplesError, NonFiniteLossError, OSError) as error:
+        stop(error, RUN_ERROR)
+
+
+def _outlive_this_process() -> None:
+    """Keep the connections of a failing process open for some seconds after its end, in an idle child.
+
+    Otherwise the first process fails a moment later, of the broken connection, and the launcher, which looks once a
+    second, shows that failure instead of this one.
+    """
+    if int(os.environ.get("PADDLE_TRAINER_ID") or 0) > 0 and hasattr(os, "fork") and os.fork() == 0:
+        time.sleep(8)
+        os._exit(0)
+
+
+def stop(error: Exception, code: int) -> None:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(code)
+
+
+def import_paddle() -> None:
+    """Import Paddle on all cores of this process's share, without the warnings it prints about that and about
+    ccache.
+    """
+    # Paddle takes one thread unless told otherwise. Processes on one machine share its cores.
+    processes = int(os.environ.get("PADDLE_LOCAL_SIZE") or os.environ.get("PADDLE_TRAINERS_NUM") or 1)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(cores // max(processes, 1), 1)))
+    warnings.filterwarnings("ignore", message=".*ccache.*")
+    printed = io.StringIO()
+    with contextlib.redirect_stderr(printed):
+        try:
+            import paddle  # noqa: F401
+        except ModuleNotFoundError as error:
+            if error.name != "paddle":
+                raise
+            problem = 'PaddlePaddle is not installed: pip install "passl[cpu]", or "passl[gpu]" for CUDA'
+            raise SystemExit(f"error: {problem}") from None
+    for line in printed.getvalue().splitlines():
+        if "OMP_NUM_THREADS" not in line:
+            print(line, file=sys.stderr)
