@@ -269,7 +269,7 @@ class CheckpointStore:
         # In one order: a resumed optimizer gives its entries in another than one that never stopped.
         write(_ordered(params), with_suffix(prefix, PARAMS))
         write(_ordered(optimizer), with_suffix(prefix, OPTIMIZER))
-        checksums = {suffix: _checksum(with_suffix(prefix, suffix)) for suffix in (PARAMS, OPTIMIZER)}
+        checksums = {suffix: checksum(with_suffix(prefix, suffix)) for suffix in (PARAMS, OPTIMIZER)}
         write({**states, "checksums": checksums}, with_suffix(prefix, STATES))
         for alias in ["latest", "best"] if best else ["latest"]:
             for suffix in (PARAMS, OPTIMIZER, STATES):
@@ -353,7 +353,7 @@ def read_states(prefix: PathLike) -> dict[str, Any]:
         path = with_suffix(prefix, suffix)
         if not path.is_file():
             raise CheckpointError(f"{path}: no such file{_neighbours(path)}")
-        if _checksum(path) != expected:
+        if checksum(path) != expected:
             raise CheckpointError(f"{path}: damaged, or not saved together with {Path(prefix).name}{STATES}")
     return states
 
@@ -377,7 +377,8 @@ def _ordered(state: Mapping[str, Any]) -> dict[str, Any]:
     return {key: _ordered(value) if isinstance(value, dict) else value for key, value in sorted(state.items())}
 
 
-def _checksum(path: Path) -> int:
+def checksum(path: Path) -> int:
+    """What :func:`read_states` compares of a file."""
     value = 0
     with path.open("rb") as file:
         while chunk := file.read(1 << 22):

@@ -1,4 +1,6 @@
-"""Files of other frameworks: reading them without installing those, and without executing anything in them."""
+"""Files of other frameworks: reading, converting and writing them without installing those, and without executing
+anything in them.
+"""
 
 from passl.convert.limits import CheckpointFormatError
 from passl.convert.safetensors import load_safetensors

@@ -1,0 +1,244 @@
+"""``convert`` and what else the rest of passl asks of a foreign file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Optional, Union
+
+import numpy as np
+from paddle import nn
+
+import passl
+from passl import checkpoint
+from passl.config import to_yaml
+from passl.convert.conversion import Conversion, Options, convert_source
+from passl.convert.official_run import resume_state
+from passl.convert.paddle_writer import save_pdparams
+from passl.convert.report import ConversionError
+from passl.convert.safetensors import save_safetensors
+from passl.convert.source import Source, open_source
+from passl.convert.to_torch import official_files, state_dict
+from passl.convert.torch_writer import save_torch
+
+TARGETS = ("paddle", "torch", "safetensors")
+SIDECAR = ".json"  # beside converted weights: what they are, and what Paddle has no place for
+
+logger = logging.getLogger("passl")
+PathLike = Union[str, Path]
+
+
+class ConvertedBackbone(NamedTuple):
+    """name, arguments: of a registered backbone. state: its weights, for :func:`passl.checkpoint.load_weights`."""
+
+    name: str
+    arguments: dict[str, Any]
+    state: dict[str, np.ndarray]
+
+
+class Written(NamedTuple):
+    """What :func:`convert` found and wrote; ``notes``: what the user should know of the rest."""
+
+    conversion: Conversion
+    files: list[Path]
+    notes: list[str]
+
+
+def convert(
+    source: PathLike,
+    destination: Optional[PathLike],
+    to: str = "paddle",
+    kind: Optional[str] = None,
+    arch: Optional[str] = None,
+    arguments: Optional[Mapping[str, Any]] = None,
+    checkpoint_key: Optional[str] = None,
+    backbone: Optional[PathLike] = None,
+    allow: Sequence[str] = (),
+) -> Written:
+    """Convert a file of weights to Paddle's, PyTorch's or the safetensors format.
+
+    Args:
+        source: ``.pth`` (also ``.pt``, ``.pth.tar``, ``.ckpt``), ``.safetensors``, ``.pdparams``, or a prefix.
+        destination: a prefix for Paddle, a file for the others, or a folder (then the source's name in it); None
+            writes nothing. A whole run gets ``.pdopt``, ``.pdstates`` and a configuration ``.yaml`` too.
+        to: "paddle", "torch" or "safetensors".
+        kind, arch, arguments: what the file holds, where it cannot be seen in it (see KINDS).
+        checkpoint_key: "teacher" or "student": only the backbone of that network of a run.
+        backbone: file of the backbone below a linear classifier; together they make a whole probe.
+        allow: patterns of keys that may be left over.
+
+    Raises:
+        CheckpointFormatError, CheckpointError: a file is missing or damaged, or does not become known weights: nothing
+            is written then.
+    """
+    if to not in TARGETS:
+        raise ConversionError(f"--to ({to!r}) must be one of {', '.join(TARGETS)}")
+    opened = open_source(source, bfloat16="bits")
+    options = Options(kind, arch, arguments or {}, None, checkpoint_key, allow)
+    below = open_source(backbone, bfloat16="bits") if backbone else None
+    try:
+        conversion = convert_source(opened, options, below)
+        conversion.report.check(str(conversion.architecture or conversion.model))
+    except ConversionError as error:
+        raise ConversionError(f"{opened.path}: {error}") from None
+    if destination is None:
+        return Written(conversion, [], [])
+    target = _target(opened.path, Path(destination).expanduser(), str(destination), to)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write = {"paddle": _write_paddle, "torch": _write_torch, "safetensors": _write_safetensors}[to]
+    files, notes = write(opened, conversion, target)
+    return Written(conversion, files, notes)
+
+
+def read_backbone(path: PathLike, checkpoint_key: str = "teacher") -> ConvertedBackbone:
+    """The backbone in a file of any known origin (of a run: that of ``checkpoint_key``), and which one it is.
+
+    Raises:
+        CheckpointFormatError, CheckpointError: as :func:`convert`.
+    """
+    source = open_source(path)
+    conversion = _checked(source, Options("backbone", checkpoint_key=checkpoint_key))
+    assert conversion.architecture is not None
+    return ConvertedBackbone(conversion.architecture.name, conversion.architecture.arguments, conversion.state)
+
+
+def read_weights(path: PathLike, model: nn.Layer, backbone: nn.Layer, checkpoint_key: str) -> dict[str, np.ndarray]:
+    """Weights in a foreign file for ``model``: all of them where it has them, else those of its ``backbone``, by the
+    backbone's own names.
+
+    Raises:
+        CheckpointFormatError: as :func:`convert`.
+    """
+    source = open_source(path)
+    wanted = set(model.state_dict())
+    try:
+        whole = convert_source(source, Options(layer=backbone))
+        if set(whole.state) == wanted and not whole.report.left_over:
+            return whole.state
+    except ConversionError as error:
+        logger.debug("%s: not all of %s (%s)", path, type(model).__name__, error)
+    return _checked(source, Options("backbone", layer=backbone, checkpoint_key=checkpoint_key)).state
+
+
+def _checked(source: Source, options: Options) -> Conversion:
+    try:
+        conversion = convert_source(source, options)
+        conversion.report.check(str(conversion.architecture))
+    except ConversionError as error:
+        raise ConversionError(f"{source.path}: {error}") from None
+    return conversion
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------
+
+
+def _target(source: Path, destination: Path, text: str, to: str) -> Path:
+    """Where to write: a prefix for Paddle, a file for the others."""
+    suffix = {"paddle": "", "torch": ".pth", "safetensors": ".safetensors"}[to]
+    if destination.is_dir() or text.endswith("/"):
+        destination = destination / source.name.partition(".")[0]
+    if to == "paddle":
+        target = checkpoint.with_suffix(destination, "")
+        _check_free(checkpoint.with_suffix(target, checkpoint.STATES))
+        written = checkpoint.with_suffix(target, checkpoint.PARAMS)
+    else:
+        known = (".pth", ".pt", ".tar", ".ckpt", ".bin") if to == "torch" else (suffix,)
+        target = written = destination if destination.name.endswith(known) else Path(f"{destination}{suffix}")
+    if written.exists() and written.samefile(source):
+        raise ConversionError(f"{written} is the source itself: give another destination")
+    return target
+
+
+def _check_free(states: Path) -> None:
+    """A converted file may be written again; a run's own checkpoint may not be lost."""
+    if states.exists() and not checkpoint.read(states).get("converted"):
+        raise ConversionError(f"{states}: a checkpoint of a run is there: give another destination")
+
+
+def _write_paddle(source: Source, conversion: Conversion, prefix: Path) -> tuple[list[Path], list[str]]:
+    path = {s: checkpoint.with_suffix(prefix, s) for s in (checkpoint.PARAMS, checkpoint.OPTIMIZER, checkpoint.STATES)}
+    save_pdparams(conversion.state, path[checkpoint.PARAMS])
+    files, notes = [path[checkpoint.PARAMS]], []
+    if conversion.kind == "run":
+        try:
+            resume = resume_state(source, conversion)
+        except ConversionError as error:
+            notes.append(f"the run cannot be continued from here ({error}); use it as Global.pretrained_model")
+        else:
+            save_pdparams(resume.optimizer, path[checkpoint.OPTIMIZER])
+            recipe = to_yaml(resume.recipe) if resume.recipe else ""
+            checksums = {s: checkpoint.checksum(path[s]) for s in (checkpoint.PARAMS, checkpoint.OPTIMIZER)}
+            save_pdparams({**resume.states, "config": recipe, "checksums": checksums}, path[checkpoint.STATES])
+            files += [path[checkpoint.OPTIMIZER], path[checkpoint.STATES]]
+            if recipe:
+                files.append(Path(f"{prefix}.yaml"))
+                header = f"# How the run in {source.path.name} was trained; made by passl-convert.\n# Continue it with:\n"
+                command = f"#   passl-train -c {files[-1]} -o Global.checkpoint={prefix}\n"
+                files[-1].write_text(header + command + recipe, encoding="utf-8")
+    sidecar = Path(f"{prefix}{SIDECAR}")
+    sidecar.write_text(json.dumps(_description(source, conversion), indent=1) + "\n", encoding="utf-8")
+    return [*files, sidecar], notes
+
+
+def _description(source: Source, conversion: Conversion) -> dict[str, Any]:
+    return {
+        "passl": passl.__version__,
+        "source": {"name": source.path.name, "sha256": _sha256(source.path)},
+        "kind": conversion.kind,
+        "model": conversion.model,
+        "not_visible": list(conversion.architecture.unknown) if conversion.architecture else [],
+        "counters": conversion.counters,
+        "report": conversion.report.as_dict(),
+    }
+
+
+def _write_torch(source: Source, conversion: Conversion, path: Path) -> tuple[list[Path], list[str]]:
+    counters, optimizer, states, notes = _kept_counters(source), None, None, []
+    if conversion.kind == "run" and source.layout == "paddle":
+        prefix = checkpoint.with_suffix(source.path, "")
+        try:
+            states = checkpoint.read_states(prefix)
+            optimizer = checkpoint.read(checkpoint.with_suffix(prefix, checkpoint.OPTIMIZER))
+        except checkpoint.CheckpointError as error:
+            notes.append(f"without optimizer and epoch: {error}")
+    elif conversion.kind == "run":
+        optimizer, states, _ = resume_state(source, conversion)
+    files = []
+    for suffix, value in official_files(conversion, optimizer, states, counters).items():
+        files.append(path.with_name(path.name.replace(".", f"{suffix}.", 1)) if suffix else path)
+        save_torch(value, files[-1])
+    return files, notes
+
+
+def _write_safetensors(source: Source, conversion: Conversion, path: Path) -> tuple[list[Path], list[str]]:
+    if conversion.kind == "run":
+        raise ConversionError(
+            "safetensors holds one network: give --checkpoint-key teacher or student, or --to torch for the whole run"
+        )
+    save_safetensors(state_dict(conversion, counters=_kept_counters(source)), path, {"format": "pt"})
+    return [path], []
+
+
+def _kept_counters(source: Source) -> dict[str, int]:
+    """Counters of batch norms that an earlier conversion left beside the weights."""
+    path = Path(f"{checkpoint.with_suffix(source.path, '')}{SIDECAR}")
+    if source.layout != "paddle" or not path.is_file():
+        return {}
+    try:
+        counters = json.loads(path.read_text(encoding="utf-8")).get("counters", {})
+        return {str(name): int(value) for name, value in counters.items()}
+    except (ValueError, AttributeError, TypeError) as error:
+        raise ConversionError(f"{path}: damaged ({error}); without it, batch norms count from 0") from error
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 22):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+

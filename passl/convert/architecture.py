@@ -1,0 +1,244 @@
+"""Which network a state dict is of, read off its names and shapes."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Callable, Optional
+
+import numpy as np
+from paddle import nn
+
+import passl.models  # noqa: F401  (registers the backbones)
+from passl.convert.layout import blueprint
+from passl.convert.report import ConversionError
+from passl.models.dino import DINOHead
+from passl.registry import BACKBONES
+
+Shapes = Mapping[str, tuple[int, ...]]  # PyTorch's names and shapes
+
+_BLOCK = re.compile(r"blocks\.(\d+)\.")
+_RESNETS = {
+    (False, (2, 2, 2, 2)): "resnet18",
+    (False, (3, 4, 6, 3)): "resnet34",
+    (True, (3, 4, 6, 3)): "resnet50",
+    (True, (3, 4, 23, 3)): "resnet101",
+    (True, (3, 8, 36, 3)): "resnet152",
+}
+_VITS = {(192, 12, 3): "vit_tiny", (384, 12, 6): "vit_small", (768, 12, 12): "vit_base", (1024, 24, 16): "vit_large"}
+_DINOV2 = {(384, 12): "small", (768, 12): "base", (1024, 24): "large", (1536, 40): "giant"}
+_XCITS = {
+    (128, 12): "xcit_nano_12",
+    (192, 12): "xcit_tiny_12",
+    (192, 24): "xcit_tiny_24",
+    (384, 12): "xcit_small_12",
+    (384, 24): "xcit_small_24",
+    (512, 24): "xcit_medium_24",
+}
+
+
+@dataclass
+class Architecture:
+    """A registered backbone and its arguments; ``unknown``: what no name or shape shows, so the default stands."""
+
+    name: str
+    arguments: dict[str, Any] = field(default_factory=dict)
+    unknown: tuple[str, ...] = ()
+
+    @property
+    def section(self) -> dict[str, Any]:
+        """As a configuration has it."""
+        return {"name": self.name, **self.arguments}
+
+    def blueprint(self) -> nn.Layer:
+        """The network without memory for its parameters; only its names and shapes are sure to be right.
+
+        Raises:
+            ConversionError: there is no such backbone, or it refuses the arguments.
+        """
+        try:
+            # Neither names nor shapes depend on the number of heads.
+            heads = {"num_heads": 1} if "num_heads" in self.unknown else {}
+            return blueprint(BACKBONES.get(self.name), {**self.arguments, **heads})
+        except (ValueError, TypeError) as error:
+            raise ConversionError(f"the architecture {self}: {error}") from error
+
+    def __str__(self) -> str:
+        arguments = ", ".join(f"{key}={value}" for key, value in self.arguments.items())
+        unknown = f"; not visible in the file: {', '.join(self.unknown)}" if self.unknown else ""
+        return f"{self.name}({arguments}){unknown}"
+
+
+def given(name: str, shapes: Shapes, arguments: Mapping[str, Any]) -> Architecture:
+    """The architecture that a user names, with the sizes that the file shows where its builder takes them."""
+    try:
+        accepted = inspect.signature(BACKBONES.get(name)).parameters
+    except ValueError as error:
+        raise ConversionError(str(error)) from error
+    seen = _visible(shapes)
+    found = {key: value for key, value in seen.items() if key in accepted and value != accepted[key].default}
+    return Architecture(name, {**found, **arguments})
+
+
+def infer(shapes: Shapes, arguments: Optional[Mapping[str, Any]] = None) -> Architecture:
+    """The registered backbone whose tensors have these names and shapes; ``arguments`` add to what is found.
+
+    Raises:
+        ConversionError: the names are of no known family.
+    """
+    known = dict(arguments or {})
+    for marker, family in (
+        ("pos_embeder.token_projection.weight", _xcit),
+        ("phi.0.weight", _region),
+        ("patch_embed.proj.weight", _vit),
+        ("layer1.0.conv1.weight", _resnet),
+    ):
+        if marker in shapes:
+            return family(shapes, known)
+    some = ", ".join(list(shapes)[:6]) or "nothing"
+    raise ConversionError(
+        f"the names are of no known family (ViT, DINOv2, ResNet, XCiT, region ViT): {some} ...; give --arch NAME "
+        "(passl.list_models() has them) if it is one of passl's own"
+    )
+
+
+def infer_head(shapes: Shapes) -> dict[str, Any]:
+    """Arguments of :class:`DINOHead` for a head's names and shapes.
+
+    Raises:
+        ConversionError: it is no DINO head.
+    """
+    linear = sorted(int(m[1]) for name in shapes if (m := re.fullmatch(r"mlp\.(\d+)\.weight", name)) and len(shapes[name]) == 2)
+    first, last = (f"mlp.{linear[0]}.", f"mlp.{linear[-1]}.") if linear else ("mlp.", "mlp.")
+    needed = (f"{first}weight", f"{last}weight", "last_layer.weight_g", "last_layer.weight_v")
+    if lacking := [name for name in needed if name not in shapes]:
+        raise ConversionError(f"the head is no DINO head: it has no {', '.join(lacking)}")
+    head: dict[str, Any] = {
+        "in_dim": shapes[f"{first}weight"][1],
+        "out_dim": shapes["last_layer.weight_v"][0],
+        "bottleneck_dim": shapes[f"{last}weight"][0],
+    }
+    if len(linear) != 3:
+        head["num_layers"] = max(len(linear), 1)
+    if len(linear) > 1:
+        head["hidden_dim"] = shapes[f"{first}weight"][0]
+    if any(name.endswith("running_mean") for name in shapes):
+        head["use_bn"] = True
+    return _without_defaults(DINOHead, head)
+
+
+def _without_defaults(builder: Callable[..., Any], arguments: Mapping[str, Any]) -> dict[str, Any]:
+    parameters = inspect.signature(builder).parameters
+    return {key: value for key, value in arguments.items() if parameters[key].default != value}
+
+
+def _visible(shapes: Shapes) -> dict[str, Any]:
+    """Sizes that any family shows, by the names of the arguments."""
+    try:
+        return infer(shapes).arguments
+    except ConversionError:
+        return {}
+
+
+def _depth(shapes: Shapes) -> int:
+    return 1 + max((int(match[1]) for name in shapes if (match := _BLOCK.match(name))), default=-1)
+
+
+
+
+def _transformer(shapes: Shapes, width: int, arguments: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """What ViT and region ViT have in common, with the defaults of neither."""
+    found = {"embed_dim": width, "depth": _depth(shapes)}
+    unknown: tuple[str, ...] = ()
+    if "num_heads" not in arguments:
+        # 64 channels each are usual.
+        if width % 64 == 0:
+            found["num_heads"] = width // 64
+        else:
+            unknown = ("num_heads",)
+    hidden = shapes.get("blocks.0.mlp.fc1.weight", (4 * width,))[0]
+    if hidden != 4 * width:
+        found["mlp_ratio"] = hidden / width
+    if "blocks.0.attn.qkv.bias" not in shapes:
+        found["qkv_bias"] = False
+    return found, unknown
+
+
+def _vit(shapes: Shapes, arguments: dict[str, Any]) -> Architecture:
+    width, channels, patch, _ = shapes["patch_embed.proj.weight"]
+    found, unknown = _transformer(shapes, width, arguments)
+    extra = {"patch_size": patch, "img_size": patch * _grid_side(shapes["pos_embed"][1] - 1), "in_chans": channels}
+    if "register_tokens" in shapes:
+        extra["num_register_tokens"] = shapes["register_tokens"][1]
+    is_swiglu = "blocks.0.mlp.w12.weight" in shapes
+    if "blocks.0.ls1.gamma" in shapes:
+        size = _DINOV2.get((width, found["depth"]))
+        if size and is_swiglu == (size == "giant") and len(found) == 3:
+            return _named(f"dinov2_vit_{size}", {**extra, **arguments}, ())
+        extra.update(layer_scale=1.0, ffn="swiglu" if is_swiglu else "mlp", mask_token="mask_token" in shapes)
+    else:
+        name = _VITS.get((width, found["depth"], found.get("num_heads")))
+        if name and len(found) == 3 and set(arguments) <= set(inspect.signature(BACKBONES.get(name)).parameters):
+            return _named(name, {**extra, **arguments}, ())
+    return _named("VisionTransformer", {**extra, **found, **arguments}, unknown)
+
+
+def _grid_side(patches: int) -> int:
+    side = math.isqrt(patches)
+    if side * side != patches:
+        raise ConversionError(f"pos_embed has {patches} patches, which are no square")
+    return side
+
+
+def _region(shapes: Shapes, arguments: dict[str, Any]) -> Architecture:
+    width, input_dim = shapes["phi.0.weight"]
+    found, unknown = _transformer(shapes, width, arguments)
+    grid = _grid_side(shapes["pos_embed"][1] - 1)
+    if (width, input_dim, found["depth"], grid, len(found)) == (192, 384, 6, 14, 3) and not arguments:
+        return Architecture("hvit_xs")
+    found = {"input_dim": input_dim, "grid_size": grid, **found}
+    return _named("RegionTransformer", {**found, **arguments}, unknown)
+
+
+def _resnet(shapes: Shapes, arguments: dict[str, Any]) -> Architecture:
+    bottleneck = "layer1.0.conv3.weight" in shapes
+    stages = [[int(m[1]) for n in shapes if (m := re.match(rf"layer{stage}\.(\d+)\.", n))] for stage in (1, 2, 3, 4)]
+    depths = tuple(1 + max(blocks, default=-1) for blocks in stages)
+    width, channels = shapes["conv1.weight"][:2]
+    name = _RESNETS.get((bottleneck, depths)) if width == 64 else None
+    if name:
+        return _named(name, {"in_chans": channels, **arguments}, ())
+    found = {"depths": list(depths), "bottleneck": bottleneck, "width": width, "in_chans": channels}
+    return _named("ResNet", {**found, **arguments}, ())
+
+
+def _xcit(shapes: Shapes, arguments: dict[str, Any]) -> Architecture:
+    width = shapes["cls_token"][-1]
+    convs = sum(bool(re.fullmatch(r"patch_embed\.proj\.\d+\.0\.weight", name)) for name in shapes)
+    patch, channels = 2**convs, shapes["patch_embed.proj.0.0.weight"][1]
+    depth = _depth(shapes)
+    heads = shapes["blocks.0.attn.temperature"][0]
+    name = f"{_XCITS.get((width, depth))}_p{patch}"
+    if name in BACKBONES and heads == blueprint_heads(name) and not arguments:
+        return _named(name, {"in_chans": channels}, ())
+    found = {"patch_size": patch, "in_chans": channels, "embed_dim": width, "depth": depth, "num_heads": heads}
+    hidden = shapes["blocks.0.mlp.fc1.weight"][0]
+    found["mlp_ratio"] = hidden / width
+    found["cls_attn_depth"] = 1 + max(int(m[1]) for n in shapes if (m := re.match(r"cls_attn_blocks\.(\d+)\.", n)))
+    return _named("XCiT", {**found, **arguments}, () if "tokens_norm" in arguments else ("tokens_norm",))
+
+
+def blueprint_heads(name: str) -> int:
+    """Attention heads of a registered XCiT."""
+    return blueprint(BACKBONES.get(name), {}).blocks[0].attn.num_heads
+
+
+def _named(name: str, arguments: dict[str, Any], unknown: tuple[str, ...]) -> Architecture:
+    return Architecture(name, _without_defaults(BACKBONES.get(name), arguments), unknown)
+
+
+def shapes_of(state: Mapping[str, np.ndarray]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(value.shape) for name, value in state.items()}

@@ -1,0 +1,93 @@
+"""What became of every tensor of a file, and of every tensor of the architecture."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any
+
+from passl.convert.limits import CheckpointFormatError
+
+
+class ConversionError(CheckpointFormatError):
+    """A file that can be read, but does not become weights of a known architecture."""
+
+
+@dataclass
+class Report:
+    """Names of the file, but for ``missing``, which are the architecture's.
+
+    ``renamed`` and ``transposed`` are parts of ``matched``: (name there, name here), and names.
+    """
+
+    matched: list[str] = field(default_factory=list)
+    renamed: list[tuple[str, str]] = field(default_factory=list)
+    transposed: list[str] = field(default_factory=list)
+    counters: list[str] = field(default_factory=list)  # of batch norms, kept for the way back
+    not_asked: list[str] = field(default_factory=list)  # other parts of the file
+    allowed: list[str] = field(default_factory=list)  # left over, and allowed by name
+    left_over: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    misshapen: list[str] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def allow(self, patterns: Sequence[str]) -> None:
+        """Take what one of ``patterns`` (as in a shell) names out of the left-over."""
+        allowed = [key for key in self.left_over if any(fnmatchcase(key, pattern) for pattern in patterns)]
+        self.allowed += allowed
+        self.left_over = [key for key in self.left_over if key not in allowed]
+
+    def check(self, what: str) -> None:
+        """Raises:
+        ConversionError: nothing matched, something of the file is left over, or of the architecture missing.
+        """
+        if not self.matched:
+            raise ConversionError(f"no tensor of the file belongs to {what}; it holds {_few(self.left_over)}")
+        problems = []
+        if self.misshapen:
+            problems.append(f"{len(self.misshapen)} of another shape than in {what}: {_few(self.misshapen)}")
+        if self.missing:
+            problems.append(f"{len(self.missing)} missing for {what}: {_few(self.missing)}")
+        if self.left_over:
+            problems.append(
+                f"{len(self.left_over)} left over that {what} has no place for: {_few(self.left_over)} (--allow "
+                f"'{self.left_over[0]}' leaves them out, patterns such as 'head.*' are understood)"
+            )
+        if problems:
+            raise ConversionError(f"{len(self.matched)} tensors matched, but " + "; ".join(problems))
+
+    def lines(self) -> list[str]:
+        """For people: counts, and below each the names, those of all blocks in one."""
+        lines = [f"{len(self.matched)} matched"]
+        lines += [f"  {names}" for names in grouped(self.matched)] if not self.renamed else []
+        renamed = [f"{there} -> {here}" for there, here in self.renamed]
+        for title, names in (
+            ("renamed", renamed),
+            ("transposed", self.transposed),
+            ("counters of batch norms, kept for the way back", self.counters),
+            ("in other parts of the file, not asked for", self.not_asked),
+            ("left out, as allowed", self.allowed),
+            ("left over", self.left_over),
+        ):
+            if names:
+                lines += [f"{len(names)} {title}", *(f"  {name}" for name in grouped(names))]
+        return lines if self.left_over else [*lines, "0 left over"]
+
+
+def grouped(names: Iterable[str]) -> list[str]:
+    """Names that differ in the number of their block only, as one: ``blocks.*.norm1.bias (12)``."""
+    counts: dict[str, int] = {}
+    for name in names:
+        pattern = re.sub(r"\b(blocks|layer[1-4])\.\d+\b", r"\1.*", name)
+        counts[pattern] = counts.get(pattern, 0) + 1
+    return [pattern if count == 1 else f"{pattern} ({count})" for pattern, count in counts.items()]
+
+
+def _few(names: Sequence[str], limit: int = 12) -> str:
+    groups = grouped(names)
+    more = f" ... and {len(groups) - limit} more" if len(groups) > limit else ""
+    return ", ".join(groups[:limit]) + more
