@@ -23,7 +23,7 @@ from passl.convert.storage import ELEMENTS, MAX_DIMENSIONS, Element
 _NUMPY_DTYPE = re.compile(r"[<>|=]?(b1|[iu][1248]|f[248]|c(8|16)|[SU][1-9][0-9]{0,5})")
 _ITEM_BYTES = 64  # of a list, a set or a dict, about
 _MAX_DEVICE_NAME = 32
-_STORAGES = {
+STORAGES = {
     "DoubleStorage": "float64",
     "FloatStorage": "float32",
     "HalfStorage": "float16",
@@ -180,7 +180,7 @@ class Globals:
     # --- PyTorch ---
 
     def _add_torch(self) -> None:
-        for name, element in _STORAGES.items():
+        for name, element in STORAGES.items():
             for module in ("torch", "torch.cuda", "torch.storage"):
                 self.table[module, name] = StorageType(f"{module}.{name}", ELEMENTS[element])
         for word in ELEMENTS:

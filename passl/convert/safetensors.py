@@ -5,13 +5,25 @@ the numbers. Mapped, not read; everything that the header says is checked.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Union
+from typing import Any, Literal, Optional, Union
 
 import numpy as np
 
+from passl.convert.atomic import replacing
+from passl.convert.lazy import Array, Lazy, checked_element, content
 from passl.convert.limits import Budget, CheckpointFormatError, blaming, shown
-from passl.convert.storage import ELEMENTS, MAX_DIMENSIONS, Element, MappedFile, Storage, byte_size, contiguous_strides
+from passl.convert.storage import (
+    ELEMENTS,
+    MAX_DIMENSIONS,
+    Element,
+    MappedFile,
+    Storage,
+    byte_size,
+    contiguous_strides,
+    widens,
+)
 
 # The official reader takes 100 MB, which Python would turn into gigabytes; 1000 tensors have 0.1 MB.
 _MAX_HEADER = 16 << 20
@@ -31,23 +43,25 @@ _TYPES = {
     "U64": "uint64",
     "BOOL": "bool",
 }
+_KINDS = {element: kind for kind, element in _TYPES.items()}
 
 
-def load_safetensors(path: Union[str, Path]) -> dict[str, np.ndarray]:
+def load_safetensors(path: Union[str, Path], bfloat16: Literal["float32", "bits"] = "float32") -> dict[str, np.ndarray]:
     """Name -> array of a ``.safetensors`` file: read-only, C-contiguous views of the mapped file.
 
-    bfloat16, which numpy does not have, comes as float32 of the same values. The file must not be written to while the
-    arrays live (replacing or deleting it is harmless). The header's ``__metadata__`` is left out.
+    bfloat16, which numpy does not have, comes as float32 of the same values, or with ``bfloat16="bits"`` in arrays of
+    type ``BFLOAT16``. The file must not be written to while the arrays live (replacing or deleting it is harmless). The
+    header's ``__metadata__`` is left out.
 
     Raises:
         CheckpointFormatError: the file is missing, damaged, or not in this format.
     """
-    path = Path(path)
+    path, widen = Path(path), widens(bfloat16)
     with blaming(path, "a safetensors file"), MappedFile(path) as file:
-        return _read(file)
+        return _read(file, widen)
 
 
-def _read(file: MappedFile) -> dict[str, np.ndarray]:
+def _read(file: MappedFile, widen: bool) -> dict[str, np.ndarray]:
     header_size = int.from_bytes(file.map[:8], "little")
     if header_size > min(file.size - 8, _MAX_HEADER):
         raise CheckpointFormatError(
@@ -69,7 +83,7 @@ def _read(file: MappedFile) -> dict[str, np.ndarray]:
     arrays = {}
     for name, (element, shape, start, end) in ranges.items():
         buffer, offset = file.bytes_at(8 + header_size + start, end - start, element.raw.itemsize)
-        storage = Storage(buffer, offset, element, (end - start) // element.raw.itemsize, budget)
+        storage = Storage(buffer, offset, element, (end - start) // element.raw.itemsize, budget, widen)
         arrays[name] = storage.tensor(0, shape, contiguous_strides(shape))
     return arrays
 
@@ -119,3 +133,51 @@ def _integer(text: str) -> int:
 
 def _refuse_number(text: str) -> None:
     raise CheckpointFormatError(f"the header has the number {shown(text)}, where only integers belong")
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------
+
+
+def save_safetensors(
+    state: Mapping[str, Array], path: Union[str, Path], metadata: Optional[Mapping[str, str]] = None
+) -> None:
+    """Write a flat table name -> array (or :class:`Lazy` one) as a ``.safetensors`` file.
+
+    Tensors stand in the official writer's manner, large types first, then by name: each is aligned to its type, and
+    equal tables give equal bytes in whatever order they are. Arrays are written one after the other; the file replaces
+    what is at ``path`` when it is whole. ``metadata`` is text for the header (``{"format": "pt"}`` where Hugging Face's
+    tools are to read the file).
+
+    Raises:
+        ValueError: a name is no text, a value no array, its type unknown to the format, or metadata are no texts.
+        OSError: the disk is full, or the folder missing or read-only.
+    """
+    header: dict[str, Any] = {}
+    if metadata:
+        if not all(isinstance(text, str) for pair in metadata.items() for text in pair):
+            raise ValueError(f"metadata ({dict(metadata)!r}) of a .safetensors file must be text -> text")
+        header["__metadata__"] = dict(sorted(metadata.items()))
+    kinds = {name: _kind(name, value) for name, value in state.items()}
+    names = sorted(state, key=lambda name: (-ELEMENTS[_TYPES[kinds[name]]].raw.itemsize, name))
+    end = 0
+    for name in names:
+        start, end = end, end + byte_size(ELEMENTS[_TYPES[kinds[name]]], state[name].shape)
+        header[name] = {"dtype": kinds[name], "shape": list(state[name].shape), "data_offsets": [start, end]}
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with replacing(Path(path)) as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in names:
+            file.write(content(state[name]))
+
+
+def _kind(name: Any, value: Any) -> str:
+    """The format's word for the type of an array."""
+    if not isinstance(name, str) or name == "__metadata__":
+        raise ValueError(f"a name in a .safetensors file must be text, and not '__metadata__': {shown(name)}")
+    if not isinstance(value, (np.ndarray, Lazy)):
+        raise ValueError(
+            f"{name!r} is a {type(value).__name__}: a .safetensors file is one flat table name -> array. Give the part "
+            "that is one, or write a .pth file with save_torch"
+        )
+    return _KINDS[checked_element(value, repr(name), tuple(_KINDS)).name]

@@ -24,6 +24,9 @@ class Element(NamedTuple):
     raw: np.dtype
 
 
+# numpy has no bfloat16: this marks its bits, as `array["bfloat16"]` gives them, so that they are not taken for numbers.
+BFLOAT16 = np.dtype([("bfloat16", "<u2")])
+
 # bfloat16 is read as its bits, and bool as bytes: both are looked at before they become arrays.
 ELEMENTS = {
     name: Element(name, np.dtype(code))
@@ -45,6 +48,11 @@ ELEMENTS = {
         "complex128": "<c16",
     }.items()
 }
+
+
+def element_of(dtype: np.dtype) -> Optional[Element]:
+    """The type of an array's numbers; None if it has none that a file could hold."""
+    return ELEMENTS["bfloat16"] if dtype == BFLOAT16 else ELEMENTS.get(dtype.name)
 
 
 class MappedFile:
@@ -91,20 +99,40 @@ class MappedFile:
         return copy, 0
 
 
+def widens(bfloat16: str) -> bool:
+    """Whether bfloat16 is to become float32: the readers' option of that name.
+
+    Raises:
+        ValueError: the option is neither of its two values.
+    """
+    if bfloat16 not in ("float32", "bits"):
+        raise ValueError(f"bfloat16 ({bfloat16!r}) must be 'float32' (its values) or 'bits' (arrays of type BFLOAT16)")
+    return bfloat16 == "float32"
+
+
 def read_array(
-    buffer: Buffer, start: int, element: Element, shape: Sequence[int], strides: Sequence[int], budget: Budget
+    buffer: Buffer,
+    start: int,
+    element: Element,
+    shape: Sequence[int],
+    strides: Sequence[int],
+    budget: Budget,
+    widen: bool = True,
 ) -> np.ndarray:
     """The numbers at byte ``start`` of ``buffer`` as a read-only C-contiguous array of ``shape``.
 
     A view of the buffer if they lie there in that order, else a copy. bfloat16 becomes float32, which has every
-    bfloat16 value. The bounds have to be checked before; ``strides`` count elements.
+    bfloat16 value, or without ``widen`` an array of type ``BFLOAT16``. The bounds have to be checked before;
+    ``strides`` count elements.
     """
     item = element.raw.itemsize
     array = np.ndarray(tuple(shape), element.raw, buffer, start, tuple(stride * item for stride in strides))
     if not (array.flags.c_contiguous and array.flags.aligned):
         budget.spend(array.nbytes)
         array = array.copy(order="C")
-    if element.name == "bfloat16":
+    if element.name == "bfloat16" and not widen:
+        array = array.view(BFLOAT16)
+    elif element.name == "bfloat16":
         budget.spend(2 * array.nbytes)
         wide = array.astype(np.uint32)
         wide <<= 16
@@ -118,12 +146,14 @@ def read_array(
 
 
 class Storage:
-    """A run of ``numel`` numbers of type ``element`` in a buffer, which tensors view."""
+    """A run of ``numel`` numbers of type ``element`` in a buffer, which tensors view; ``widen``: :func:`read_array`."""
 
     name = "a storage"
 
-    def __init__(self, buffer: Buffer, start: int, element: Element, numel: int, budget: Budget) -> None:
-        self.numel = numel
+    def __init__(
+        self, buffer: Buffer, start: int, element: Element, numel: int, budget: Budget, widen: bool = True
+    ) -> None:
+        self.numel, self._widen = numel, widen
         self._buffer, self._start, self._element, self._budget = buffer, start, element, budget
         self._tensors: dict[tuple, np.ndarray] = {}
 
@@ -132,7 +162,7 @@ class Storage:
         if not (_is_size(offset) and _is_size(numel) and offset + numel <= self.numel):
             raise CheckpointFormatError(f"a view of {shown(numel)} numbers from {shown(offset)} on exceeds its storage")
         start = self._start + offset * self._element.raw.itemsize
-        return Storage(self._buffer, start, self._element, numel, self._budget)
+        return Storage(self._buffer, start, self._element, numel, self._budget, self._widen)
 
     def tensor(self, offset: Any, shape: Any, strides: Any, element: Optional[Element] = None) -> np.ndarray:
         """The tensor that starts ``offset`` numbers into the storage (see :func:`read_array`); equal views are one.
@@ -165,8 +195,8 @@ class Storage:
 
     def _read(self, offset: int, element: Element, shape: tuple, strides: tuple) -> np.ndarray:
         if 0 in shape:
-            return read_array(np.empty(0, np.uint8), 0, element, shape, strides, self._budget)
-        return read_array(self._buffer, self._start + offset, element, shape, strides, self._budget)
+            return read_array(np.empty(0, np.uint8), 0, element, shape, strides, self._budget, self._widen)
+        return read_array(self._buffer, self._start + offset, element, shape, strides, self._budget, self._widen)
 
 
 def byte_size(element: Element, shape: Sequence[int]) -> int:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import mmap
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, Optional, Union
+from typing import Any, Literal, NamedTuple, Optional, Union
 
 import numpy as np
 
@@ -18,7 +18,7 @@ from passl.convert.limits import DAMAGE, Budget, CheckpointFormatError, RefusedG
 from passl.convert.pickle_globals import Globals, StorageType
 from passl.convert.pickle_machine import PickleMachine
 from passl.convert.safetensors import load_safetensors
-from passl.convert.storage import Element, MappedFile, Storage
+from passl.convert.storage import Element, MappedFile, Storage, widens
 from passl.convert.tree import check_tree
 from passl.convert.zip_members import Member, check_member, zip_members
 
@@ -27,11 +27,12 @@ _PROTOCOL_VERSION = 1001
 Load = Callable[[Any], Any]
 
 
-def load_torch(path: Union[str, Path]) -> Any:
+def load_torch(path: Union[str, Path], bfloat16: Literal["float32", "bits"] = "float32") -> Any:
     """The object in a ``.pth``, ``.pt`` or ``.pth.tar`` file of any PyTorch since 0.4, or in a ``.safetensors`` file.
 
     Nothing in the file is executed: only weights and plain data are built. Every tensor is a read-only, C-contiguous
-    array, wherever it was located; bfloat16, which numpy does not have, comes as float32 of the same values. Where the
+    array, wherever it was located; bfloat16, which numpy does not have, comes as float32 of the same values, or with
+    ``bfloat16="bits"`` as it is, in arrays of type ``BFLOAT16`` that the writers here write as bfloat16. Where the
     numbers lie in the file as the array has them, the array is a view of the mapped file: it takes no memory of its
     own, and the file must not be written to while it lives (replacing or deleting it is harmless). A Parameter is its
     array, a torch.Size a tuple, a device or dtype its text; attributes of an OrderedDict (``_metadata``) are left out.
@@ -43,11 +44,11 @@ def load_torch(path: Union[str, Path]) -> Any:
         CheckpointFormatError: the file is missing, damaged, hostile, no file of PyTorch, or holds anything else (the
             text gives its full name).
     """
-    path = Path(path)
+    path, widen = Path(path), widens(bfloat16)
     if path.suffix == ".safetensors":
-        return load_safetensors(path)
+        return load_safetensors(path, bfloat16)
     with blaming(path, "a file of PyTorch"), MappedFile(path) as file:
-        value = (_read_zip if file.map[:4] == b"PK\x03\x04" else _read_legacy)(file)
+        value = (_read_zip if file.map[:4] == b"PK\x03\x04" else _read_legacy)(file, widen)
         check_tree(value)
         return value
 
@@ -89,7 +90,7 @@ def _run(file: MappedFile, data: Union[bytes, mmap.mmap], load: Optional[Load], 
 # --- zip ------------------------------------------------------------------------------------------------------------
 
 
-def _read_zip(file: MappedFile) -> Any:
+def _read_zip(file: MappedFile, widen: bool) -> Any:
     members = zip_members(file)
     roots = [name[: -len("data.pkl")] for name in members if name.endswith("/data.pkl") and name.count("/") == 1]
     if any("/code/" in name or name.endswith("/constants.pkl") for name in members):
@@ -104,7 +105,7 @@ def _read_zip(file: MappedFile) -> Any:
     if order and _content(file, order) != b"little":
         raise CheckpointFormatError(f"numbers in byte order {shown(_content(file, order))}: only little-endian is read")
     pickled = _content(file, members[f"{roots[0]}data.pkl"])
-    return _run(file, pickled, _ZipStorages(file, members, roots[0]).load)[0]
+    return _run(file, pickled, _ZipStorages(file, members, roots[0], widen).load)[0]
 
 
 def _content(file: MappedFile, member: Member) -> bytes:
@@ -115,8 +116,8 @@ def _content(file: MappedFile, member: Member) -> bytes:
 class _ZipStorages:
     """The storages of an archive, each checked when the pickle first refers to it."""
 
-    def __init__(self, file: MappedFile, members: Mapping[str, Member], root: str) -> None:
-        self._file, self._members, self._root = file, members, root
+    def __init__(self, file: MappedFile, members: Mapping[str, Member], root: str, widen: bool) -> None:
+        self._file, self._members, self._root, self._widen = file, members, root, widen
         self._budget = Budget(file.size)
         self._storages: dict[tuple[str, str], Storage] = {}
         self._checked: set[str] = set()
@@ -143,13 +144,13 @@ class _ZipStorages:
                 f"storage {shown(wanted.key)} has {member.size} bytes, not {wanted.numel} numbers of {size} bytes"
             )
         buffer, start = self._file.bytes_at(member.start, member.size, size)
-        return Storage(buffer, start, wanted.element, wanted.numel, self._budget)
+        return Storage(buffer, start, wanted.element, wanted.numel, self._budget, self._widen)
 
 
 # --- before 1.6 ------------------------------------------------------------------------------------------------------
 
 
-def _read_legacy(file: MappedFile) -> Any:
+def _read_legacy(file: MappedFile, widen: bool) -> Any:
     position = _check_preamble(file)
     # The numbers stand behind the object, whose storages have to be known to find them: so it is built twice, first
     # with placeholders.
@@ -167,7 +168,7 @@ def _read_legacy(file: MappedFile) -> Any:
         if int.from_bytes(file.map[end : end + 8], "little") != numel:
             raise CheckpointFormatError(f"truncated or damaged: storage {shown(key)} should have {numel} numbers")
         buffer, start = file.bytes_at(end + 8, size, element.raw.itemsize)
-        storages[key] = Storage(buffer, start, element, numel, budget)
+        storages[key] = Storage(buffer, start, element, numel, budget, widen)
         end += 8 + size
 
     def load(persistent_id: Any) -> Storage:
