@@ -135,7 +135,8 @@ def _normalise_by_own(layer: nn.Layer, x: Tensor) -> tuple[Tensor, Tensor, Tenso
 def _normalise_by_all(layer: nn.Layer, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The same by the statistics of all processes' batches, which may be of different sizes.
 
-    Paddle's SyncBatchNorm has no CPU kernel, takes all batches for equally large, and keeps the biased variance.
+    Two processes have two values per channel at least. Paddle's SyncBatchNorm has no CPU kernel and keeps the biased
+    variance.
     """
     with paddle.amp.auto_cast(enable=False):
         mean, squares, count = _statistics_of_all(x)
