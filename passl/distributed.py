@@ -55,6 +55,15 @@ def all_reduce_sum_(tensor: paddle.Tensor) -> paddle.Tensor:
     return tensor
 
 
+def all_gather(tensor: paddle.Tensor) -> paddle.Tensor:
+    """``tensor`` (of one shape and type everywhere) of every process, in order of rank: [world_size, ...]."""
+    if world_size() == 1:
+        return tensor.unsqueeze(0)
+    tensors: list[paddle.Tensor] = []
+    dist.all_gather(tensors, tensor)
+    return paddle.stack(tensors)
+
+
 def gather_rows(rows: np.ndarray) -> np.ndarray:
     """Concatenate ``rows`` [n, ...] (n may differ) of all processes, in order of rank, on every process."""
     if world_size() == 1:

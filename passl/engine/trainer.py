@@ -42,7 +42,7 @@ class Trainer:
         schedules: name -> step -> value. ``lr`` and ``weight_decay`` drive the optimizer; every other name must be a
             keyword of the method's ``forward`` or ``after_step``.
         accum_steps: each batch is cut into this many micro-batches with one optimizer step after all of them. Loss,
-            centre and EMA are those of the whole batch; batch norms see micro-batches.
+            centre and EMA are those of the whole batch; batch norms see the micro-batches of all processes.
         stop_step: stop here although the schedules go on (None: at the end of the timeline).
         seed: random operations of step t draw from (seed, t, rank), so a resumed run needs no saved generator.
 

@@ -7,11 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from tests.engine import tiny
+from passl import checkpoint
+from tests.engine import batch_norm_job, tiny
 
 TOOL = tiny.ROOT / "tools" / "train.py"
+RESNET = tiny.ROOT / "configs/dino/dino_resnet50_224_pt_in1k_1n8c_dp_fp16o1.yaml"
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +52,60 @@ def test_two_processes_are_one_with_twice_the_batch(folder):
     assert len((folder / "two/DINO/train.log").read_text().splitlines()) == len(
         (folder / "one/DINO/train.log").read_text().splitlines()
     )
+
+
+@pytest.mark.smoke
+def test_batch_norms_see_the_batches_of_all_processes(folder, float64):
+    """As one process that has them all: output, gradients, running statistics."""
+    done = launch(folder, batch_norm_job.__file__, folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    shares = [np.load(folder / f"{rank}.npz") for rank in range(2)]
+    for layer_type in batch_norm_job.SHAPES:
+        name = layer_type.__name__
+        expected = batch_norm_job.results(layer_type, [row for rows in batch_norm_job.SHARES for row in rows])
+        for key, value in expected.items():
+            first, second = (share[f"{name}/{key}"] for share in shares)
+            if key in ("y", "x"):
+                found = np.concatenate([first, second])
+            elif key in ("weight", "bias"):
+                found = first + second
+            else:
+                assert (first == second).all(), f"{name} {key}"
+                found = first
+            np.testing.assert_allclose(found, value, rtol=0, atol=1e-12, err_msg=f"{name} {key}")
+
+
+def test_the_resnet_recipe_on_two_processes_is_one_with_twice_the_batch(folder):
+    """At a tiny size, with batch norms in the head too, and with micro-batches."""
+    values = {
+        "Global.device": "cpu",
+        "Global.use_visualdl": "false",
+        "Global.accum_steps": 2,
+        "Global.print_batch_step": 1,
+        "Global.max_train_step": 6,
+        "FP16.level": "O0",
+        "Model.backbone": "{name: ResNet, depths: [1, 1, 1, 1], width: 8, bottleneck: false}",
+        "Model.head": "{name: DINOHead, out_dim: 20, hidden_dim: 12, bottleneck_dim: 8, use_bn: true}",
+        "Schedules.lr.base": 1.0,
+        "DataLoader.Train.dataset.root": folder / "train",
+        "DataLoader.Train.dataset.transform.global_crops_size": 64,
+        "DataLoader.Train.dataset.transform.local_crops_size": 32,
+        "DataLoader.Train.dataset.transform.num_local_crops": 2,
+        "DataLoader.Train.loader.num_workers": 0,
+        "Evaluators": "null",
+    }
+    runs = []
+    for processes in (1, 2):
+        values["Global.output_dir"] = folder / f"resnet{processes}"
+        values["DataLoader.Train.sampler.batch_size"] = 8 // processes
+        arguments = [word for key, value in values.items() for word in ("-o", f"{key}={value}")]
+        done = launch(folder, TOOL, "-c", RESNET, *arguments, processes=processes)
+        assert done.returncode == 0, done.stdout + done.stderr
+        runs.append(values["Global.output_dir"] / "DINO")
+    tiny.assert_close_runs(*runs)
+    weights = checkpoint.read_weights(runs[0] / "latest")
+    moved = {name: np.abs(value).max() for name, value in weights.items() if name.endswith("_mean")}
+    assert min(moved.values()) > 1e-3, moved
 
 
 def test_probe_and_evaluation_on_two_processes(folder):

@@ -189,6 +189,19 @@ def test_dino_leaves_the_teacher_its_own_statistics():
 
 
 @pytest.mark.smoke
+def test_batch_norms_are_not_regularised():
+    """The official rule: decay acts on what has more than one axis and is no bias."""
+    method = DINO(tiny, functools.partial(DINOHead, out_dim=10, hidden_dim=8, bottleneck_dim=6, use_bn=True))
+    shapes = {id(p): (name, p.ndim) for name, p in method.named_parameters()}
+    regularised, rest = ([shapes[id(p)] for p in group["params"]] for group in method.param_groups())
+    assert {ndim for _, ndim in regularised} == {4, 2}  # convolutions; the head's layers
+    assert {ndim for _, ndim in rest} == {1}
+    assert not [name for name, _ in regularised + rest if name.endswith(("_mean", "_variance"))]
+    for batch_norm in ("student.backbone.layer1.0.downsample.1", "student.backbone.bn1", "student.head.mlp.1"):
+        assert {(f"{batch_norm}.weight", 1), (f"{batch_norm}.bias", 1)} <= set(rest)
+
+
+@pytest.mark.smoke
 def test_wrong_arguments():
     with pytest.raises(ValueError, match=r"depths \(\[3, 4, 6\]\) must be four numbers of blocks, each at least 1"):
         ResNet(depths=(3, 4, 6))
