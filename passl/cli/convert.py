@@ -91,7 +91,7 @@ def _convert(options: argparse.Namespace) -> None:
 
 
 def _described(conversion: Any) -> str:
-    from passl.convert import KINDS
+    from passl.convert.conversion import KINDS
     from passl.convert.layout import size_of
 
     model = ", ".join(f"{key}: {_shown(value)}" for key, value in conversion.model.items())

@@ -1,9 +1,42 @@
-"""Files of other frameworks: reading, converting and writing them without installing those, and without executing
-anything in them.
+"""Files of other frameworks: read, converted and written without installing those, and without executing anything in
+them.
 """
 
-from passl.convert.limits import CheckpointFormatError
-from passl.convert.safetensors import load_safetensors
-from passl.convert.torch_reader import load_torch
+from typing import Any
 
-__all__ = ["CheckpointFormatError", "load_safetensors", "load_torch"]
+from passl.convert.lazy import Lazy
+from passl.convert.limits import CheckpointFormatError
+from passl.convert.paddle_writer import save_pdparams
+from passl.convert.safetensors import load_safetensors, save_safetensors
+from passl.convert.storage import BFLOAT16
+from passl.convert.torch_reader import load_torch
+from passl.convert.torch_writer import save_torch
+
+# These know the architectures and so import Paddle, which reading and writing files does not need.
+_WITH_PADDLE = {
+    "ConversionError": "report",
+    "convert": "api",
+    "find_file": "source",
+    "read_backbone": "api",
+    "read_weights": "api",
+}
+
+__all__ = [
+    "BFLOAT16",
+    "CheckpointFormatError",
+    "Lazy",
+    "load_safetensors",
+    "load_torch",
+    "save_pdparams",
+    "save_safetensors",
+    "save_torch",
+    *_WITH_PADDLE,
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WITH_PADDLE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f"passl.convert.{_WITH_PADDLE[name]}"), name)

@@ -194,12 +194,14 @@ def _grid_side(patches: int) -> int:
 
 
 def _region(shapes: Shapes, arguments: dict[str, Any]) -> Architecture:
-    width, input_dim = shapes["phi.0.weight"]
+    width, channels = shapes["phi.0.weight"]
     found, unknown = _transformer(shapes, width, arguments)
     grid = _grid_side(shapes["pos_embed"][1] - 1)
-    if (width, input_dim, found["depth"], grid, len(found)) == (192, 384, 6, 14, 3) and not arguments:
-        return Architecture("hvit_xs")
-    found = {"input_dim": input_dim, "grid_size": grid, **found}
+    extra = {"in_chans": channels, "grid_size": grid}
+    # Six heads of 32 channels each, not the usual 64.
+    if (width, found["depth"], len(found)) == (192, 6, 3) and not arguments:
+        return _named("hvit_xs", extra, ())
+    found = {**extra, **found}
     return _named("RegionTransformer", {**found, **arguments}, unknown)
 
 

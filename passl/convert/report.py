@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import os
 import re
+import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
 from passl.convert.limits import CheckpointFormatError
+
+
+_INDENT: dict[str, Any] = {
+    "initial_indent": "  ",
+    "subsequent_indent": "  ",
+    "break_long_words": False,
+    "break_on_hyphens": False,
+}
 
 
 class ConversionError(CheckpointFormatError):
@@ -62,11 +72,10 @@ class Report:
 
     def lines(self) -> list[str]:
         """For people: counts, and below each the names, those of all blocks in one."""
-        lines = [f"{len(self.matched)} matched"]
-        lines += [f"  {names}" for names in grouped(self.matched)] if not self.renamed else []
-        renamed = [f"{there} -> {here}" for there, here in self.renamed]
+        lines = []
         for title, names in (
-            ("renamed", renamed),
+            ("matched", self.matched),
+            ("renamed", [_renaming(there, here) for there, here in self.renamed]),
             ("transposed", self.transposed),
             ("counters of batch norms, kept for the way back", self.counters),
             ("in other parts of the file, not asked for", self.not_asked),
@@ -74,7 +83,7 @@ class Report:
             ("left over", self.left_over),
         ):
             if names:
-                lines += [f"{len(names)} {title}", *(f"  {name}" for name in grouped(names))]
+                lines += [f"{len(names)} {title}", *textwrap.wrap(", ".join(grouped(names)), 110, **_INDENT)]
         return lines if self.left_over else [*lines, "0 left over"]
 
 
@@ -82,9 +91,19 @@ def grouped(names: Iterable[str]) -> list[str]:
     """Names that differ in the number of their block only, as one: ``blocks.*.norm1.bias (12)``."""
     counts: dict[str, int] = {}
     for name in names:
-        pattern = re.sub(r"\b(blocks|layer[1-4])\.\d+\b", r"\1.*", name)
+        pattern = re.sub(r"\b(\w*blocks|layer[1-4])\.\d+\b", r"\1.*", name)
         counts[pattern] = counts.get(pattern, 0) + 1
     return [pattern if count == 1 else f"{pattern} ({count})" for pattern, count in counts.items()]
+
+
+def _renaming(there: str, here: str) -> str:
+    """What changes in a name, without the parts at both ends that stay: ``student.module.* -> student.*``."""
+    old, new = there.split("."), here.split(".")
+    tail = len(os.path.commonprefix([old[::-1], new[::-1]]))
+    head = min(len(os.path.commonprefix([old, new])), len(old) - tail, len(new) - tail)
+    middle = [".".join(parts[head : len(parts) - tail]) for parts in (old, new)]
+    first, last = ["*"] * (head > 0), ["*"] * (tail > 0)
+    return " -> ".join(".".join(filter(None, [*first, part, *last])) for part in middle)
 
 
 def _few(names: Sequence[str], limit: int = 12) -> str:

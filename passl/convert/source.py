@@ -99,7 +99,7 @@ def open_source(path: Union[str, Path], bfloat16: str = "float32") -> Source:
     path = find_file(path)
     if path.name.endswith(checkpoint.PARAMS):
         return _sorted_out(path, "paddle", checkpoint.read_weights(path))
-    return _sorted_out(path, "torch", load_torch(path))
+    return _sorted_out(path, "torch", load_torch(path, bfloat16=bfloat16))
 
 
 def _sorted_out(path: Path, layout: str, value: Any) -> Source:
