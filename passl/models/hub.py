@@ -122,7 +122,10 @@ def _check_architecture(name: str, backbone: str, arguments: Mapping[str, Any], 
     official = {key: _architecture(model.backbone, model.arguments) for key, model in OFFICIAL.items()}
     if found == official[name]:
         return
-    shown = f"{backbone}({', '.join(f'{key}={value!r}' for key, value in arguments.items())})"
+    wanted = official[name][1]
+    # Of the arguments at their defaults, those that make the difference.
+    telling = {key: value for key, value in found[1].items() if key in arguments or value != wanted.get(key, value)}
+    shown = f"{backbone}({', '.join(f'{key}={value!r}' for key, value in telling.items())})"
     fitting = [key for key, architecture in official.items() if architecture == found]
     advice = (
         f"use {' or '.join(fitting)}"

@@ -102,6 +102,17 @@ def test_files_have_their_official_addresses():
     assert hub.dino_deits8 is hub.dino_vits8
 
 
+def test_the_documentation_says_the_same():
+    lines = (ROOT / "docs" / "weights.md").read_text(encoding="utf-8").splitlines()
+    for name, model in hub.OFFICIAL.items():
+        (row,) = [line.split(" | ") for line in lines if f"| `{name}` |" in line]
+        knn, linear = re.search(r"k-NN (.*) %, linear (.*) %", model.summary).groups()
+        assert [row[-2], row[-1].rstrip(" |")] == [knn, linear]
+        prefix = row[3].strip("`")
+        assert model.address.endswith(f"/{prefix}/{prefix}.pth")
+        assert sum(f"[backbone]({model.address})" in line for line in lines) == 1
+
+
 @pytest.mark.smoke
 def test_importing_the_models_does_not_import_the_converter():
     program = (
@@ -213,6 +224,14 @@ def test_another_architecture_is_named(converted, backbone, arguments, message):
     with pytest.raises(ValueError) as caught:
         hub.dino_vits16(pretrained="mine.pth")
     assert str(caught.value) == f"mine.pth holds {message}"
+
+
+def test_an_argument_at_its_default_is_named_where_it_matters(converted):
+    converted.arguments = {}
+    with pytest.raises(
+        ValueError, match=re.escape("vit_small(patch_size=16), which does not fit dino_vits8: use dino_vits16")
+    ):
+        hub.dino_vits8(pretrained="mine.pth")
 
 
 def test_missing_weights_are_an_error(converted, weights):
