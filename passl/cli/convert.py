@@ -57,6 +57,7 @@ def _convert_parser() -> argparse.ArgumentParser:
         help="compare outputs: with PyTorch where that is installed, or with recorded arrays 'input' and 'output'",
     )  # fmt: skip
     add("--dry-run", action="store_true", help="show what SRC is and what would become of it, write nothing")
+    add("-v", "--verbose", action="store_true", help="name all tensors that matched")
     return parser
 
 
@@ -78,7 +79,7 @@ def _convert(options: argparse.Namespace) -> None:
     conversion = written.conversion
     unknown = conversion.architecture.unknown if conversion.architecture else ()
     print(f"{options.source}: {_described(conversion)}")
-    for line in conversion.report.lines():
+    for line in conversion.report.lines(options.verbose):
         print(f"  {line}")
     for name in unknown:
         print(f"  {name} is not visible in names or shapes: give it with --set {name}=VALUE")

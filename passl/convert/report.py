@@ -70,11 +70,11 @@ class Report:
         if problems:
             raise ConversionError(f"{len(self.matched)} tensors matched, but " + "; ".join(problems))
 
-    def lines(self) -> list[str]:
-        """For people: counts, and below each the names, those of all blocks in one."""
-        lines = []
+    def lines(self, verbose: bool = False) -> list[str]:
+        """For people: counts, and below each the names, those of all blocks in one (``verbose``: also the matched)."""
+        lines = [f"{len(self.matched)} matched"]
+        lines += _named("matched", self.matched)[1:] if verbose else []
         for title, names in (
-            ("matched", self.matched),
             ("renamed", [_renaming(there, here) for there, here in self.renamed]),
             ("transposed", self.transposed),
             ("counters of batch norms, kept for the way back", self.counters),
@@ -82,9 +82,12 @@ class Report:
             ("left out, as allowed", self.allowed),
             ("left over", self.left_over),
         ):
-            if names:
-                lines += [f"{len(names)} {title}", *textwrap.wrap(", ".join(grouped(names)), 110, **_INDENT)]
+            lines += _named(title, names)
         return lines if self.left_over else [*lines, "0 left over"]
+
+
+def _named(title: str, names: Sequence[str]) -> list[str]:
+    return [f"{len(names)} {title}", *textwrap.wrap(", ".join(grouped(names)), 110, **_INDENT)] if names else []
 
 
 def grouped(names: Iterable[str]) -> list[str]:

@@ -1,0 +1,57 @@
+"""A server of one file on this machine."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Optional
+
+CONTENT = bytes(range(256)) * 10_000
+
+
+class Server(ThreadingHTTPServer):
+    """Answers every GET; its fields say how, `requests` what was asked for."""
+
+    content = CONTENT
+    announced: Optional[int] = len(CONTENT)  # Content-Length; None: not given
+    status = 200
+    delay = 0.0
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.requests: list[str] = []
+        self.awake = threading.Event()
+
+    def address(self, name: str = "weights.pth") -> str:
+        return f"http://127.0.0.1:{self.server_port}/folder/{name}"
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Server
+
+    def do_GET(self) -> None:
+        self.server.requests.append(self.path)
+        self.server.awake.wait(self.server.delay)
+        self.send_response(self.server.status)
+        if self.server.announced is not None:
+            self.send_header("Content-Length", str(self.server.announced))
+        self.end_headers()
+        self.wfile.write(self.server.content)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@contextmanager
+def serving() -> Iterator[Server]:
+    with Server() as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        try:
+            yield server
+        finally:
+            server.awake.set()
+            server.shutdown()
+            thread.join()
