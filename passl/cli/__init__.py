@@ -1,6 +1,7 @@
 """The console commands. Paddle is imported only once there is something to run: ``--help`` answers at once."""
 
+from passl.cli.convert import convert_main
 from passl.cli.data import data_main
 from passl.cli.train import eval_main, train_main
 
-__all__ = ["data_main", "eval_main", "train_main"]
+__all__ = ["convert_main", "data_main", "eval_main", "train_main"]

@@ -175,7 +175,9 @@ def _write_paddle(source: Source, conversion: Conversion, prefix: Path) -> tuple
             files += [path[checkpoint.OPTIMIZER], path[checkpoint.STATES]]
             if recipe:
                 files.append(Path(f"{prefix}.yaml"))
-                header = f"# How the run in {source.path.name} was trained; made by passl-convert.\n# Continue it with:\n"
+                header = (
+                    f"# How the run in {source.path.name} was trained; made by passl-convert.\n# Continue it with:\n"
+                )
                 command = f"#   passl-train -c {files[-1]} -o Global.checkpoint={prefix}\n"
                 files[-1].write_text(header + command + recipe, encoding="utf-8")
     sidecar = Path(f"{prefix}{SIDECAR}")
@@ -240,5 +242,3 @@ def _sha256(path: Path) -> str:
         while chunk := file.read(1 << 22):
             digest.update(chunk)
     return digest.hexdigest()
-
-

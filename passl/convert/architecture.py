@@ -111,7 +111,9 @@ def infer_head(shapes: Shapes) -> dict[str, Any]:
     Raises:
         ConversionError: it is no DINO head.
     """
-    linear = sorted(int(m[1]) for name in shapes if (m := re.fullmatch(r"mlp\.(\d+)\.weight", name)) and len(shapes[name]) == 2)
+    linear = sorted(
+        int(m[1]) for name in shapes if (m := re.fullmatch(r"mlp\.(\d+)\.weight", name)) and len(shapes[name]) == 2
+    )
     first, last = (f"mlp.{linear[0]}.", f"mlp.{linear[-1]}.") if linear else ("mlp.", "mlp.")
     needed = (f"{first}weight", f"{last}weight", "last_layer.weight_g", "last_layer.weight_v")
     if lacking := [name for name in needed if name not in shapes]:
@@ -145,8 +147,6 @@ def _visible(shapes: Shapes) -> dict[str, Any]:
 
 def _depth(shapes: Shapes) -> int:
     return 1 + max((int(match[1]) for name in shapes if (match := _BLOCK.match(name))), default=-1)
-
-
 
 
 def _transformer(shapes: Shapes, width: int, arguments: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:

@@ -171,9 +171,7 @@ class _Assembly:
         """Everything together; what no part has taken is left over."""
         gone = {*self.taken, *self.report.not_asked}
         self.report.left_over += [entry.key for entry in self.source.entries if entry.key not in gone]
-        return Conversion(
-            kind, model, self.architecture, self.state, self.layout, self.counters, self.report
-        )
+        return Conversion(kind, model, self.architecture, self.state, self.layout, self.counters, self.report)
 
     # --- parts ---
 
@@ -236,9 +234,7 @@ class _Assembly:
         self._fill("", layout, {f"linear.linear.{name}": entry for name, entry in entries.items()})
         return section
 
-    def _probe_input(
-        self, architecture: Optional[Architecture], in_dim: int, part: str = "probe"
-    ) -> dict[str, Any]:
+    def _probe_input(self, architecture: Optional[Architecture], in_dim: int, part: str = "probe") -> dict[str, Any]:
         """Which features a linear classifier of ``in_dim`` inputs sees."""
         asked = {key: self.arguments[key] for key in ("n_last_blocks", "avgpool") if key in self.arguments}
         if part == "classifier":
@@ -315,5 +311,3 @@ def _interleaved(weight: np.ndarray, section: Mapping[str, Any]) -> np.ndarray:
     width = weight.shape[1] // (blocks + 1)
     columns = np.arange(weight.shape[1]).reshape(blocks + 1, width)
     return weight[:, np.concatenate([columns[:-2].ravel(), columns[-2:].T.ravel()])]
-
-

@@ -43,7 +43,9 @@ def from_official(state: Mapping[str, Any], parameters: Sequence[Slot]) -> Optim
         marker = next((key for key in _KINDS if values.get(key) is not None), None)
         if marker is None:
             if any(value is not None for value in values.values()):
-                raise ConversionError(f"the optimizer keeps {', '.join(map(str, values))} of {slot.torch_name}: unknown")
+                raise ConversionError(
+                    f"the optimizer keeps {', '.join(map(str, values))} of {slot.torch_name}: unknown"
+                )
             continue
         name, tensors = _KINDS[marker]
         if entries.setdefault("optimizer", name) != name:

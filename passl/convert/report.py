@@ -12,7 +12,6 @@ from typing import Any
 
 from passl.convert.limits import CheckpointFormatError
 
-
 _INDENT: dict[str, Any] = {
     "initial_indent": "  ",
     "subsequent_indent": "  ",

@@ -24,7 +24,9 @@ _WRAPPER = re.compile(r"(state_dict|model_state_dict|model|network|net|module|_o
 # Everything in a file that is no weight of a network.
 _ASIDE = ("optimizer", "optimizer_states", "lr_schedulers", "scheduler", "fp16_scaler", "callbacks", "loops")
 _NETWORK = re.compile(r"(student|teacher)\.")
-_HEAD = re.compile(r"(?:backbone\.)?(head|projection_head|dino_head|ibot_head|mlp_head|projector)\.(?=(mlp|last_layer|layers|\d+)\.)")
+_HEAD = re.compile(
+    r"(?:backbone\.)?(head|projection_head|dino_head|ibot_head|mlp_head|projector)\.(?=(mlp|last_layer|layers|\d+)\.)"
+)
 _BACKBONE = re.compile(r"(backbone|encoder|vit|trunk)\.")
 # A linear classifier: a probe's own, DINOv2's, and those at the end of networks trained with labels.
 _PROBE = re.compile(r"(?:linear\.linear|linear)\.(?=(weight|bias)$)")

@@ -92,9 +92,7 @@ def _full_checkpoint(
     return checkpoint
 
 
-def _trained_parameters(
-    conversion: Conversion, optimizer: Mapping[str, Any], origin: Mapping[str, Any]
-) -> list[Slot]:
+def _trained_parameters(conversion: Conversion, optimizer: Mapping[str, Any], origin: Mapping[str, Any]) -> list[Slot]:
     """The optimizer's parameters: the student's, without the gain of the last layer unless that is trained."""
     parameters = student_parameters(conversion)
     without_gain = [slot for slot in parameters if not slot.name.endswith("last_layer.weight_g")]
