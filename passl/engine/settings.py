@@ -27,7 +27,7 @@ class GlobalSettings:
     epochs: int = 100
     max_train_step: Optional[int] = None  # stop after so many steps; the schedules still follow `epochs`
     accum_steps: int = 1
-    pretrained_model: Optional[str] = None  # prefix or .pdparams file
+    pretrained_model: Optional[str] = None  # prefix, .pdparams, .pth or .safetensors file
     checkpoint_key: Literal["teacher", "student"] = "teacher"  # whose backbone to take from a pre-training run
     checkpoint: Optional[str] = None  # "auto" or a prefix: go on with that run
     save_interval: Union[int, float, str] = 1
