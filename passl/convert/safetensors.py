@@ -144,7 +144,7 @@ def save_safetensors(
 ) -> None:
     """Write a flat table name -> array (or :class:`Lazy` one) as a ``.safetensors`` file.
 
-    Tensors are in the official writer's order, by type, large ones first, then by name: each is aligned to its type, and
+    Tensors are in the official writer's order, by type, large ones first, then by name: each is aligned, and
     equal tables give equal bytes in whatever order they are. Arrays are written one after the other; the file replaces
     what is at ``path`` when it is whole. ``metadata`` is text for the header (``{"format": "pt"}`` where Hugging Face's
     tools are to read the file).

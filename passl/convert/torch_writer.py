@@ -15,8 +15,7 @@ import numpy as np
 from passl.convert.atomic import replacing
 from passl.convert.lazy import Array, checked_element, content
 from passl.convert.pickle_globals import STORAGES
-from passl.convert.pickle_writer import Path as Keys
-from passl.convert.pickle_writer import PickleWriter, where
+from passl.convert.pickle_writer import Keys, PickleWriter, where
 from passl.convert.storage import contiguous_strides
 
 # The name that torch.save gives when it does not know the file's: equal values make equal files, whatever their names.
