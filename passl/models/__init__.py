@@ -1,11 +1,13 @@
 """Networks and methods. Importing this registers all of them."""
 
 from passl.models.dino import DINO, DINOHead, DINOLoss
+from passl.models.dinov2 import dinov2_vit_base, dinov2_vit_giant, dinov2_vit_large, dinov2_vit_small
 from passl.models.method import Method
 from passl.models.pixels import RawPixels
 from passl.models.probe import LinearProbe
+from passl.models.region_transformer import RegionTransformer, hvit_xs
 from passl.models.resnet import ResNet, resnet18, resnet34, resnet50, resnet101, resnet152
-from passl.models.vision_transformer import VisionTransformer, vit_base, vit_small, vit_tiny
+from passl.models.vision_transformer import VisionTransformer, vit_base, vit_large, vit_small, vit_tiny
 from passl.models.xcit import (
     XCiT,
     xcit_medium_24_p8,
@@ -29,15 +31,22 @@ __all__ = [
     "LinearProbe",
     "Method",
     "RawPixels",
+    "RegionTransformer",
     "ResNet",
     "VisionTransformer",
     "XCiT",
+    "dinov2_vit_base",
+    "dinov2_vit_giant",
+    "dinov2_vit_large",
+    "dinov2_vit_small",
+    "hvit_xs",
     "resnet18",
     "resnet34",
     "resnet50",
     "resnet101",
     "resnet152",
     "vit_base",
+    "vit_large",
     "vit_small",
     "vit_tiny",
     "xcit_medium_24_p8",

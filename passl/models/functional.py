@@ -7,6 +7,7 @@ and logsumexp over many classes; norms of large matrices; and the patch convolut
 
 from __future__ import annotations
 
+import math
 from typing import Optional
 
 import paddle
@@ -49,18 +50,27 @@ def patch_embed(images: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return linear(patches, weight.reshape([weight.shape[0], -1]).t(), bias)
 
 
-def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """softmax(query . key / sqrt(d)) of value; each [B, N, heads, d] -> [B, N, heads, d]"""
-    if _has_flash_attention(query):
+def attention(query: Tensor, key: Tensor, value: Tensor, mask: Optional[Tensor] = None) -> Tensor:
+    """softmax(query . key / sqrt(d)) of value; each [B, N, heads, d] -> [B, N, heads, d]; mask: as below"""
+    if mask is None and _has_flash_attention(query):
         return F.scaled_dot_product_attention(query, key, value)
-    mixed = paddle.matmul(attention_weights(query, key), value.transpose([0, 2, 1, 3]))
+    mixed = paddle.matmul(attention_weights(query, key, mask), value.transpose([0, 2, 1, 3]))
     return mixed.transpose([0, 2, 1, 3])
 
 
-def attention_weights(query: Tensor, key: Tensor) -> Tensor:
-    """softmax(query . key / sqrt(d)); each [B, N, heads, d] -> [B, heads, N, N]"""
+def attention_weights(query: Tensor, key: Tensor, mask: Optional[Tensor] = None) -> Tensor:
+    """softmax(query . key / sqrt(d)); each [B, N, heads, d] -> [B, heads, N, N]
+
+    mask: [B, N], 0 for keys that get no weight (less than 1e-27, Paddle's softmax has no zeros).
+    """
     query = query.transpose([0, 2, 1, 3]) * query.shape[-1] ** -0.5
-    return F.softmax(paddle.matmul(query, key.transpose([0, 2, 1, 3]), transpose_y=True), axis=-1)
+    scores = paddle.matmul(query, key.transpose([0, 2, 1, 3]), transpose_y=True)
+    if mask is not None:
+        if mask.shape != key.shape[:2]:
+            raise ValueError(f"mask ({list(mask.shape)}) must be [images, tokens], here {list(key.shape[:2])}")
+        ignored = (mask == 0).unsqueeze([1, 2]).expand_as(scores)
+        scores = paddle.where(ignored, paddle.full_like(scores, -math.inf), scores)
+    return F.softmax(scores, axis=-1)
 
 
 def _has_flash_attention(x: Tensor) -> bool:

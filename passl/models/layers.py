@@ -86,6 +86,30 @@ class Mlp(nn.Layer):
         return self.fc2(F.gelu(self.fc1(x)))
 
 
+class SwiGLU(nn.Layer):
+    """Gated linear unit (Shazeer 2020): w3(silu(a) * b), where a and b are the halves of w12(x). [..., dim] -> same."""
+
+    def __init__(self, dim: int, hidden_dim: int, init_std: float = INIT_STD) -> None:
+        super().__init__()
+        self.w12 = Linear(dim, 2 * hidden_dim, init_std=init_std)
+        self.w3 = Linear(hidden_dim, dim, init_std=init_std)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, value = self.w12(x).chunk(2, axis=-1)
+        return self.w3(F.silu(gate) * value)
+
+
+class LayerScale(nn.Layer):
+    """One learned factor per channel (Touvron et al. 2021), `initial_value` at first. [..., dim] -> [..., dim]"""
+
+    def __init__(self, dim: int, initial_value: float) -> None:
+        super().__init__()
+        self.gamma = self.create_parameter([dim], default_initializer=nn.initializer.Constant(initial_value))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gamma
+
+
 class BatchNorm1D(nn.BatchNorm1D):
     """Batch norm with PyTorch's running statistics: Paddle keeps the biased variance. x: [B, D] -> [B, D]."""
 

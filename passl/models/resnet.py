@@ -1,4 +1,4 @@
-"""Residual networks (He et al. 2016) without a classifier, with torchvision's names, so that its weight files fit."""
+"""Residual networks (He et al. 2016) with torchvision's names, so that its weight files fit."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Optional
 import paddle.nn.functional as F
 from paddle import Tensor, nn
 
-from passl.models.layers import BatchNorm2D, check_positive
+from passl.models.layers import BatchNorm2D, check_positive, torch_uniform
 from passl.registry import BACKBONES
 
 
@@ -79,6 +79,7 @@ class ResNet(nn.Layer):
     depths: the number of blocks at each of the four resolutions (1/4, 1/8, 1/16 and 1/32 of the image's).
     bottleneck: blocks of three convolutions with outputs 4 times as wide, or of two.
     width: channels of the first stage's inner convolutions; it doubles from stage to stage.
+    num_classes: 0 gives the features, as a backbone has to; else a linear classifier `fc` follows them.
     """
 
     def __init__(
@@ -87,8 +88,11 @@ class ResNet(nn.Layer):
         bottleneck: bool = True,
         width: int = 64,
         in_chans: int = 3,
+        num_classes: int = 0,
     ) -> None:
         super().__init__()
+        if num_classes < 0:
+            raise ValueError(f"num_classes ({num_classes}) must be at least 0, which means no classifier")
         if len(depths) != 4 or min(depths) < 1:
             raise ValueError(f"depths ({list(depths)}) must be four numbers of blocks, each at least 1")
         check_positive(width=width, in_chans=in_chans)
@@ -103,10 +107,13 @@ class ResNet(nn.Layer):
             in_dim = stage_width * block.expansion
             blocks += [block(in_dim, stage_width) for _ in range(depth - 1)]
             setattr(self, f"layer{stage + 1}", nn.Sequential(*blocks))
+        uniform = torch_uniform(in_dim)
+        self.fc = nn.Linear(in_dim, num_classes, uniform, uniform) if num_classes else None
 
     def forward(self, images: Tensor) -> Tensor:
-        """The globally averaged features: [B, C, H, W] -> [B, embed_dim], any H and W."""
-        return F.adaptive_avg_pool2d(self.feature_map(images), 1).flatten(1)
+        """[B, C, H, W] -> the globally averaged features [B, embed_dim] or the logits [B, num_classes]; any H and W."""
+        features = F.adaptive_avg_pool2d(self.feature_map(images), 1).flatten(1)
+        return features if self.fc is None else self.fc(features)
 
     def feature_map(self, images: Tensor) -> Tensor:
         """The features before they are averaged: [B, C, H, W] -> [B, embed_dim, H/32, W/32], sizes rounded up."""
@@ -118,30 +125,30 @@ class ResNet(nn.Layer):
 
 
 @BACKBONES.register()
-def resnet18(in_chans: int = 3) -> ResNet:
+def resnet18(in_chans: int = 3, num_classes: int = 0) -> ResNet:
     """ResNet-18: 512 wide, 11.2 M parameters."""
-    return ResNet((2, 2, 2, 2), bottleneck=False, in_chans=in_chans)
+    return ResNet((2, 2, 2, 2), bottleneck=False, in_chans=in_chans, num_classes=num_classes)
 
 
 @BACKBONES.register()
-def resnet34(in_chans: int = 3) -> ResNet:
+def resnet34(in_chans: int = 3, num_classes: int = 0) -> ResNet:
     """ResNet-34: 512 wide, 21.3 M parameters."""
-    return ResNet((3, 4, 6, 3), bottleneck=False, in_chans=in_chans)
+    return ResNet((3, 4, 6, 3), bottleneck=False, in_chans=in_chans, num_classes=num_classes)
 
 
 @BACKBONES.register()
-def resnet50(in_chans: int = 3) -> ResNet:
+def resnet50(in_chans: int = 3, num_classes: int = 0) -> ResNet:
     """ResNet-50: 2048 wide, 23.5 M parameters."""
-    return ResNet((3, 4, 6, 3), in_chans=in_chans)
+    return ResNet((3, 4, 6, 3), in_chans=in_chans, num_classes=num_classes)
 
 
 @BACKBONES.register()
-def resnet101(in_chans: int = 3) -> ResNet:
+def resnet101(in_chans: int = 3, num_classes: int = 0) -> ResNet:
     """ResNet-101: 2048 wide, 42.5 M parameters."""
-    return ResNet((3, 4, 23, 3), in_chans=in_chans)
+    return ResNet((3, 4, 23, 3), in_chans=in_chans, num_classes=num_classes)
 
 
 @BACKBONES.register()
-def resnet152(in_chans: int = 3) -> ResNet:
+def resnet152(in_chans: int = 3, num_classes: int = 0) -> ResNet:
     """ResNet-152: 2048 wide, 58.1 M parameters."""
-    return ResNet((3, 8, 36, 3), in_chans=in_chans)
+    return ResNet((3, 8, 36, 3), in_chans=in_chans, num_classes=num_classes)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import functools
+from collections.abc import Callable
+from typing import Literal, Optional
 
 import numpy as np
 import paddle
@@ -12,10 +14,13 @@ from passl.models import functional
 from passl.models.layers import (
     INIT_STD,
     NORMAL_002,
+    ZERO,
     DropPath,
     LayerNorm,
+    LayerScale,
     Linear,
     Mlp,
+    SwiGLU,
     check_positive,
     torch_uniform,
 )
@@ -23,7 +28,7 @@ from passl.registry import BACKBONES
 
 
 class Attention(nn.Layer):
-    """Multi-head self-attention. x: [B, N, D] -> [B, N, D]."""
+    """Multi-head self-attention. x: [B, N, D] -> [B, N, D]. mask: [B, N], 0 for tokens that get no attention."""
 
     def __init__(self, dim: int, num_heads: int, qkv_bias: bool = True, init_std: float = INIT_STD) -> None:
         super().__init__()
@@ -38,17 +43,21 @@ class Attention(nn.Layer):
         shape = [-1, x.shape[1], self.num_heads, x.shape[2] // self.num_heads]
         return [part.reshape(shape) for part in self.qkv(x).split(3, axis=-1)]
 
-    def weights(self, x: Tensor) -> Tensor:
+    def weights(self, x: Tensor, mask: Optional[Tensor] = None) -> Tensor:
         """The attention weights alone: [B, N, D] -> [B, heads, N, N]."""
         query, key, _ = self._query_key_value(x)
-        return functional.attention_weights(query, key)
+        return functional.attention_weights(query, key, mask)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.proj(functional.attention(*self._query_key_value(x)).reshape(x.shape))
+    def forward(self, x: Tensor, mask: Optional[Tensor] = None) -> Tensor:
+        return self.proj(functional.attention(*self._query_key_value(x), mask).reshape(x.shape))
 
 
 class Block(nn.Layer):
-    """Pre-norm transformer block. x: [B, N, D] -> [B, N, D]."""
+    """Pre-norm transformer block. x: [B, N, D] -> [B, N, D]. mask: [B, N], 0 for tokens that get no attention.
+
+    layer_scale: first value of the factors on both branches; None for no factors.
+    ffn: "swiglu" is narrower than "mlp" by 2/3 (rounded up to a multiple of 8), for about as many weights.
+    """
 
     def __init__(
         self,
@@ -59,17 +68,27 @@ class Block(nn.Layer):
         drop_path_rate: float = 0.0,
         epsilon: float = 1e-6,
         init_std: float = INIT_STD,
+        layer_scale: Optional[float] = None,
+        ffn: Literal["mlp", "swiglu"] = "mlp",
     ) -> None:
         super().__init__()
+        if ffn not in ("mlp", "swiglu"):
+            raise ValueError(f"ffn ({ffn!r}) must be 'mlp' or 'swiglu'")
         self.norm1 = LayerNorm(dim, epsilon=epsilon)
         self.attn = Attention(dim, num_heads, qkv_bias, init_std)
+        self.ls1 = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale)
         self.norm2 = LayerNorm(dim, epsilon=epsilon)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), init_std)
+        hidden_dim = int(dim * mlp_ratio)
+        if ffn == "mlp":
+            self.mlp = Mlp(dim, hidden_dim, init_std)
+        else:
+            self.mlp = SwiGLU(dim, (int(hidden_dim * 2 / 3) + 7) // 8 * 8, init_std)
+        self.ls2 = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale)
         self.drop_path = DropPath(drop_path_rate)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.drop_path(self.attn(self.norm1(x)))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+    def forward(self, x: Tensor, mask: Optional[Tensor] = None) -> Tensor:
+        x = x + self.drop_path(self.ls1(self.attn(self.norm1(x), mask)))
+        return x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))
 
 
 class PatchEmbed(nn.Layer):
@@ -93,88 +112,97 @@ class PatchEmbed(nn.Layer):
         return functional.patch_embed(images, self.proj.weight, self.proj.bias)
 
 
-@BACKBONES.register()
-class VisionTransformer(nn.Layer):
-    """Vision transformer with the official DINO names, so that its weight files fit (Caron et al. 2021).
+class TokenTransformer(nn.Layer):
+    """[CLS], position embeddings, blocks and the final norm over a grid of tokens, which a subclass makes in `embed`.
 
-    pos_embed_mode: how position embeddings are resized to another grid, bicubic in both cases. "scale" is the
-    official DINO: the scale factor (side + 0.1)/sqrt(N) used as it stands; "size" resizes to the exact size.
-    init_std: standard deviation of the first weights in the blocks. The official 0.02 suits widths of several
-    hundred; narrower networks let more of the image through from the start, and learn sooner, with 1/sqrt(embed_dim).
+    Tokens are in this order: [CLS], registers, the grid row by row; T = num_prefix_tokens + N of them. Where a mask
+    [B, T] is 0, nothing attends to that token.
     """
 
-    def __init__(
+    patch_size: int  # Side of a token's square, in pixels of the input.
+
+    def embed(self, images: Tensor) -> Tensor:
+        """The tokens of the grid without their positions: [B, C, H, W] -> [B, N, D]."""
+        raise NotImplementedError
+
+    def _build(
         self,
-        img_size: int = 224,
-        patch_size: int = 16,
-        in_chans: int = 3,
-        embed_dim: int = 768,
-        depth: int = 12,
-        num_heads: int = 12,
-        mlp_ratio: float = 4.0,
-        qkv_bias: bool = True,
-        drop_path_rate: float = 0.0,
-        epsilon: float = 1e-6,
-        pos_embed_mode: Literal["scale", "size"] = "scale",
-        init_std: float = INIT_STD,
+        block: Callable[..., Block],
+        embed_dim: int,
+        depth: int,
+        drop_path_rate: float,
+        epsilon: float,
+        grid_size: int,
+        pos_embed_mode: str,
+        num_register_tokens: int = 0,
     ) -> None:
-        super().__init__()
-        check_positive(patch_size=patch_size, in_chans=in_chans, embed_dim=embed_dim, depth=depth, num_heads=num_heads)
-        if img_size < patch_size:
-            raise ValueError(f"img_size ({img_size}) must be at least patch_size ({patch_size})")
-        if pos_embed_mode not in ("scale", "size"):
-            raise ValueError(f"pos_embed_mode ({pos_embed_mode!r}) must be 'scale' or 'size'")
+        """Everything behind the embedding. Not the constructor: in the official order of names that comes later."""
+        check_positive(depth=depth, grid_size=grid_size)
+        if pos_embed_mode not in ("scale", "size", "antialias"):
+            raise ValueError(f"pos_embed_mode ({pos_embed_mode!r}) must be 'scale', 'size' or 'antialias'")
+        if num_register_tokens < 0:
+            raise ValueError(f"num_register_tokens ({num_register_tokens}) must be at least 0")
         self.embed_dim = embed_dim
+        self.num_prefix_tokens = 1 + num_register_tokens
         self.pos_embed_mode = pos_embed_mode
-        self._grid_side = img_size // patch_size
-        self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim)
+        self._grid_side = grid_size
         self.cls_token = self.create_parameter([1, 1, embed_dim], default_initializer=NORMAL_002)
-        self.pos_embed = self.create_parameter([1, 1 + self._grid_side**2, embed_dim], default_initializer=NORMAL_002)
-        self.blocks = nn.LayerList(
-            [
-                Block(embed_dim, num_heads, mlp_ratio, qkv_bias, rate, epsilon, init_std)
-                for rate in np.linspace(0.0, drop_path_rate, depth).tolist()
-            ]
-        )
+        self.pos_embed = self.create_parameter([1, 1 + grid_size**2, embed_dim], default_initializer=NORMAL_002)
+        self.register_tokens = None
+        if num_register_tokens:
+            shape = [1, num_register_tokens, embed_dim]
+            # Not zeros: equal tokens would stay equal.
+            self.register_tokens = self.create_parameter(shape, default_initializer=nn.initializer.Normal(std=1e-6))
+        rates = np.linspace(0.0, drop_path_rate, depth).tolist()
+        self.blocks = nn.LayerList([block(drop_path_rate=rate) for rate in rates])
         self.norm = LayerNorm(embed_dim, epsilon=epsilon)
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor, mask: Optional[Tensor] = None) -> Tensor:
         """The normalised [CLS] token: [B, C, H, W] -> [B, D]. H and W must be multiples of the patch size."""
         x = self.prepare_tokens(images)
         for block in self.blocks:
-            x = block(x)
+            x = block(x, mask)
         return self.norm(x[:, 0])
 
-    def get_intermediate_layers(self, images: Tensor, n: int = 1) -> list[Tensor]:
-        """The normalised tokens [B, 1+N, D] after each of the last n blocks, the earliest block first."""
+    def get_intermediate_layers(self, images: Tensor, n: int = 1, mask: Optional[Tensor] = None) -> list[Tensor]:
+        """The normalised tokens [B, 1+N, D] after each of the last n blocks, the earliest first; without registers."""
         depth = len(self.blocks)
         if not 1 <= n <= depth:
             raise ValueError(f"n ({n}) must be between 1 and the number of blocks ({depth})")
         x = self.prepare_tokens(images)
         outputs = []
         for index, block in enumerate(self.blocks):
-            x = block(x)
+            x = block(x, mask)
             if index >= depth - n:
-                outputs.append(self.norm(x))
+                outputs.append(self.norm(self._without_registers(x)))
         return outputs
 
-    def get_last_selfattention(self, images: Tensor) -> Tensor:
-        """The attention weights of the last block: [B, C, H, W] -> [B, heads, 1+N, 1+N]."""
+    def get_last_selfattention(self, images: Tensor, mask: Optional[Tensor] = None) -> Tensor:
+        """The attention weights of the last block between all tokens: [B, C, H, W] -> [B, heads, T, T]."""
         x = self.prepare_tokens(images)
         for block in self.blocks[:-1]:
-            x = block(x)
+            x = block(x, mask)
         last = self.blocks[-1]
-        return last.attn.weights(last.norm1(x))
+        return last.attn.weights(last.norm1(x), mask)
 
     def prepare_tokens(self, images: Tensor) -> Tensor:
-        """[CLS] and patch tokens with their position embeddings: [B, C, H, W] -> [B, 1+N, D]."""
-        patches = self.patch_embed(images)
+        """All tokens, [CLS] and those of the grid with their position embeddings: [B, C, H, W] -> [B, T, D]."""
+        patches = self.embed(images)
         cls_token = self.cls_token.expand([images.shape[0], -1, -1])
-        return paddle.concat([cls_token, patches], axis=1) + self.interpolate_pos_encoding(*images.shape[-2:])
+        x = paddle.concat([cls_token, patches], axis=1) + self.interpolate_pos_encoding(*images.shape[-2:])
+        if self.register_tokens is None:
+            return x
+        return paddle.concat([x[:, :1], self.register_tokens.expand([images.shape[0], -1, -1]), x[:, 1:]], axis=1)
+
+    def _without_registers(self, x: Tensor) -> Tensor:
+        """[B, T, D] -> [B, 1+N, D]"""
+        if self.register_tokens is None:
+            return x
+        return paddle.concat([x[:, :1], x[:, self.num_prefix_tokens :]], axis=1)
 
     def interpolate_pos_encoding(self, height: int, width: int) -> Tensor:
         """Position embeddings for an image of height x width pixels: [1, 1+N, D]."""
-        rows, columns = height // self.patch_embed.patch_size, width // self.patch_embed.patch_size
+        rows, columns = height // self.patch_size, width // self.patch_size
         side = self._grid_side
         if rows == columns == side:
             return self.pos_embed
@@ -187,10 +215,13 @@ class VisionTransformer(nn.Layer):
 
     def _resize_matrix(self, size: int) -> Tensor:
         side = self._grid_side
-        # The official offset of 0.1 was to guard the size against rounding down, but it changes the scale too.
-        scale = (size + 0.1) / side if self.pos_embed_mode == "scale" else size / side
-        exact = self.pos_embed.dtype == paddle.float64
-        matrix = _bicubic_matrix(side, size, scale, np.float64 if exact else np.float32)
+        dtype = np.float64 if self.pos_embed.dtype == paddle.float64 else np.float32
+        if self.pos_embed_mode == "antialias":
+            matrix = _antialias_matrix(side, size, dtype)
+        else:
+            # The official offset of 0.1 was to guard the size against rounding down, but it changes the scale too.
+            scale = (size + 0.1) / side if self.pos_embed_mode == "scale" else size / side
+            matrix = _bicubic_matrix(side, size, scale, dtype)
         return paddle.to_tensor(matrix).astype(self.pos_embed.dtype)
 
 
@@ -205,11 +236,90 @@ def _bicubic_matrix(in_size: int, out_size: int, scale: float, dtype: type) -> n
     for offset in (-1, 0, 1, 2):
         index = np.floor(center) + offset
         distance = np.abs(center - index)
-        near = (1.25 * distance - 2.25) * distance**2 + 1.0
-        far = -0.75 * (((distance - 5.0) * distance + 8.0) * distance - 4.0)
         source = np.clip(index, 0, in_size - 1).astype(np.int64)
-        np.add.at(matrix, (np.arange(out_size), source), np.where(distance <= 1.0, near, far))
+        np.add.at(matrix, (np.arange(out_size), source), _cubic(distance, -0.75))
     return matrix
+
+
+def _antialias_matrix(in_size: int, out_size: int, dtype: type) -> np.ndarray:
+    """Antialiased bicubic interpolation (A = -0.5, as Pillow's) along one axis, as a matrix [out, in].
+
+    The filter widens when the axis shrinks, and is cut off and normalised again at the borders. dtype: see above.
+    """
+    scale = dtype(in_size / out_size)
+    center = (scale * (np.arange(out_size) + 0.5)).astype(dtype).astype(np.float64)
+    distance = np.abs(np.arange(in_size) + 0.5 - center[:, None]) / max(scale, 1.0)
+    matrix = _cubic(distance, -0.5)
+    return matrix / matrix.sum(1, keepdims=True)
+
+
+def _cubic(distance: np.ndarray, a: float) -> np.ndarray:
+    """The weight of a point at this distance (>= 0) in cubic convolution (Keys 1981); a: slope at distance 1."""
+    near = ((a + 2.0) * distance - (a + 3.0)) * distance**2 + 1.0
+    far = a * (((distance - 5.0) * distance + 8.0) * distance - 4.0)
+    return np.where(distance <= 1.0, near, np.where(distance < 2.0, far, 0.0))
+
+
+@BACKBONES.register()
+class VisionTransformer(TokenTransformer):
+    """Vision transformer with the official names of DINO (Caron et al. 2021) and DINOv2, so that weight files fit.
+
+    pos_embed_mode: how position embeddings are resized to another grid, all bicubic. "scale" is the official DINO: the
+    scale factor (side + 0.1)/sqrt(N) used as it stands; "size" resizes to the exact size; "antialias" does so with
+    antialiasing, as DINOv2 with registers.
+    init_std: standard deviation of the first weights in the blocks. The official 0.02 suits widths of several
+    hundred; narrower networks let more of the image through from the start, and learn sooner, with 1/sqrt(embed_dim).
+    num_register_tokens: learned tokens between [CLS] and the patches, without positions (Darcet et al. 2023).
+    layer_scale, ffn: see Block.
+    mask_token: whether there is a token to stand for hidden patches, which DINOv2's files have. Nothing here uses it,
+    so it is frozen; a method that hides patches has to make it trainable.
+    """
+
+    def __init__(
+        self,
+        img_size: int = 224,
+        patch_size: int = 16,
+        in_chans: int = 3,
+        embed_dim: int = 768,
+        depth: int = 12,
+        num_heads: int = 12,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = True,
+        drop_path_rate: float = 0.0,
+        epsilon: float = 1e-6,
+        pos_embed_mode: Literal["scale", "size", "antialias"] = "scale",
+        init_std: float = INIT_STD,
+        num_register_tokens: int = 0,
+        layer_scale: Optional[float] = None,
+        ffn: Literal["mlp", "swiglu"] = "mlp",
+        mask_token: bool = False,
+    ) -> None:
+        super().__init__()
+        check_positive(patch_size=patch_size, in_chans=in_chans, embed_dim=embed_dim, num_heads=num_heads)
+        if img_size < patch_size:
+            raise ValueError(f"img_size ({img_size}) must be at least patch_size ({patch_size})")
+        self.patch_size = patch_size
+        self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim)
+        block = functools.partial(
+            Block,
+            embed_dim,
+            num_heads,
+            mlp_ratio,
+            qkv_bias,
+            epsilon=epsilon,
+            init_std=init_std,
+            layer_scale=layer_scale,
+            ffn=ffn,
+        )
+        grid_size = img_size // patch_size
+        self._build(block, embed_dim, depth, drop_path_rate, epsilon, grid_size, pos_embed_mode, num_register_tokens)
+        self.mask_token = None
+        if mask_token:
+            frozen = paddle.ParamAttr(trainable=False)
+            self.mask_token = self.create_parameter([1, embed_dim], attr=frozen, default_initializer=ZERO)
+
+    def embed(self, images: Tensor) -> Tensor:
+        return self.patch_embed(images)
 
 
 @BACKBONES.register()
@@ -218,7 +328,7 @@ def vit_tiny(
     img_size: int = 224,
     in_chans: int = 3,
     drop_path_rate: float = 0.0,
-    pos_embed_mode: Literal["scale", "size"] = "scale",
+    pos_embed_mode: Literal["scale", "size", "antialias"] = "scale",
 ) -> VisionTransformer:
     """ViT-Ti: 192 wide, 12 blocks, 3 heads, 5.5 M parameters."""
     return VisionTransformer(
@@ -232,7 +342,7 @@ def vit_small(
     img_size: int = 224,
     in_chans: int = 3,
     drop_path_rate: float = 0.0,
-    pos_embed_mode: Literal["scale", "size"] = "scale",
+    pos_embed_mode: Literal["scale", "size", "antialias"] = "scale",
 ) -> VisionTransformer:
     """ViT-S: 384 wide, 12 blocks, 6 heads, 21.7 M parameters."""
     return VisionTransformer(
@@ -246,9 +356,23 @@ def vit_base(
     img_size: int = 224,
     in_chans: int = 3,
     drop_path_rate: float = 0.0,
-    pos_embed_mode: Literal["scale", "size"] = "scale",
+    pos_embed_mode: Literal["scale", "size", "antialias"] = "scale",
 ) -> VisionTransformer:
     """ViT-B: 768 wide, 12 blocks, 12 heads, 85.8 M parameters."""
     return VisionTransformer(
         img_size, patch_size, in_chans, 768, 12, 12, drop_path_rate=drop_path_rate, pos_embed_mode=pos_embed_mode
+    )
+
+
+@BACKBONES.register()
+def vit_large(
+    patch_size: int = 16,
+    img_size: int = 224,
+    in_chans: int = 3,
+    drop_path_rate: float = 0.0,
+    pos_embed_mode: Literal["scale", "size", "antialias"] = "scale",
+) -> VisionTransformer:
+    """ViT-L: 1024 wide, 24 blocks, 16 heads, 303.3 M parameters."""
+    return VisionTransformer(
+        img_size, patch_size, in_chans, 1024, 24, 16, drop_path_rate=drop_path_rate, pos_embed_mode=pos_embed_mode
     )

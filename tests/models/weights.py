@@ -25,12 +25,17 @@ def to_torch(name: str, value) -> np.ndarray:
     value = np.asarray(value)
     if name.endswith("weight_g"):
         return value.reshape(-1, 1)
-    return value.T if value.ndim == 2 else value
+    return value.T if is_matrix(name, value) else value
 
 
 def from_torch(name: str, value: np.ndarray) -> np.ndarray:
     """The inverse of `to_torch`."""
-    return value.reshape(-1) if name.endswith("weight_g") else value.T if value.ndim == 2 else value
+    return value.reshape(-1) if name.endswith("weight_g") else value.T if is_matrix(name, value) else value
+
+
+def is_matrix(name: str, value: np.ndarray) -> bool:
+    """Whether it is multiplied with, and so lies the other way round in PyTorch; mask_token [1, D] is a vector."""
+    return value.ndim == 2 and not name.endswith("mask_token")
 
 
 def load(layer: nn.Layer, state: Mapping[str, np.ndarray], prefix: str = "") -> None:
