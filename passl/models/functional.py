@@ -1,8 +1,8 @@
 """Operations whose Paddle kernels are slow on a CPU: the same values and gradients by faster means.
 
 Elsewhere than in eager mode on a CPU each function is Paddle's own. What is slow there, in 2.6 and in 3.3: sums over
-rows (a matrix product with ones is 25 times faster), with them the gradients of biases and of LayerNorm; log_softmax
-and logsumexp over many classes; norms of large matrices; and the patch convolution.
+rows (a matrix product with ones is 25 times faster), with them the gradients of biases, scales and LayerNorm;
+log_softmax and logsumexp over many classes; norms of large matrices; and the patch convolution.
 """
 
 from __future__ import annotations
@@ -36,6 +36,11 @@ def linear(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
     if on_cpu(x) and bias is not None:
         return _Linear.apply(x, weight, bias)
     return F.linear(x, weight, bias)
+
+
+def scale(x: Tensor, factors: Tensor) -> Tensor:
+    """One factor per channel. x: [..., D], factors: [D] -> [..., D]"""
+    return _Scale.apply(x, factors) if on_cpu(x) else x * factors
 
 
 def patch_embed(images: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -145,6 +150,20 @@ class _Linear(_Function):
         grad_x = paddle.matmul(gradient, weight, transpose_y=True) if ctx.needed[0] else None
         grad_weight = paddle.matmul(x.reshape([-1, in_dim]), rows, transpose_x=True) if ctx.needed[1] else None
         return _Function.gradients(ctx, grad_x, grad_weight, sum_rows(rows))
+
+
+class _Scale(_Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, factors: Tensor) -> Tensor:
+        ctx.save_for_backward(x, factors)
+        _Function.remember(ctx, x, factors)
+        return x * factors
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple:
+        x, factors = ctx.saved_tensor()
+        grad_factors = sum_rows((gradient * x).reshape([-1, factors.shape[0]]))
+        return _Function.gradients(ctx, gradient * factors, grad_factors)
 
 
 class _LayerNorm(_Function):
