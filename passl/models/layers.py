@@ -110,7 +110,7 @@ class LayerScale(nn.Layer):
         self.gamma = self.create_parameter([dim], default_initializer=nn.initializer.Constant(initial_value))
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * self.gamma
+        return functional.scale(x, self.gamma)
 
 
 class BatchNorm1D(nn.BatchNorm1D):
