@@ -88,8 +88,8 @@ def _in_groups(state: Mapping[str, Any], parameters: Sequence[Slot]) -> list[Slo
                 raise ConversionError("the optimizer numbers its parameters in another order than the official code")
             return [slot for group in found for slot in group]
     raise ConversionError(
-        f"the optimizer has groups of {lengths} parameters, and the student {len(parameters)} parameters in the official "
-        f"groups of {[len(group) for group in grouped_parameters(parameters)]}"
+        f"the optimizer has groups of {lengths} parameters, and the student {len(parameters)} parameters in the "
+        f"official groups of {[len(group) for group in grouped_parameters(parameters)]}"
     )
 
 
