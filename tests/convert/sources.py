@@ -17,7 +17,7 @@ dinov2 = functools.partial(vit, layer_scale=1.0, mask_token=True)
 resnet = functools.partial(ResNet, (1, 2, 1, 1), bottleneck=False, width=4)
 xcit = functools.partial(XCiT, 8, 3, 16, 2, 2)
 region = functools.partial(RegionTransformer, 6, 4, 64, 2, 1)
-head = functools.partial(DINOHead, 64, 10, hidden_dim=12, bottleneck_dim=8)
+head = functools.partial(DINOHead, in_dim=64, out_dim=10, hidden_dim=12, bottleneck_dim=8)
 BACKBONES = {"vit": vit, "dinov2": dinov2, "resnet": resnet, "xcit": xcit, "region": region}
 
 
