@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Iterator
+from typing import Literal, Union
 
 import numpy as np
 import paddle
@@ -16,10 +17,13 @@ from passl.models.layers import (
     LayerNorm,
     Linear,
     Mlp,
+    check_image_size,
     check_positive,
     torch_uniform,
 )
 from passl.registry import BACKBONES
+
+Array = Union[np.ndarray, Tensor]
 
 
 class Attention(nn.Layer):
@@ -85,11 +89,7 @@ class PatchEmbed(nn.Layer):
         )
 
     def forward(self, images: Tensor) -> Tensor:
-        height, width = images.shape[-2:]
-        if height % self.patch_size or width % self.patch_size:
-            raise ValueError(
-                f"image height and width ({height} x {width}) must be multiples of patch_size ({self.patch_size})"
-            )
+        check_image_size(*images.shape[-2:], self.patch_size)
         return functional.patch_embed(images, self.proj.weight, self.proj.bias)
 
 
@@ -172,26 +172,46 @@ class VisionTransformer(nn.Layer):
         cls_token = self.cls_token.expand([images.shape[0], -1, -1])
         return paddle.concat([cls_token, patches], axis=1) + self.interpolate_pos_encoding(*images.shape[-2:])
 
+    @paddle.jit.not_to_static  # its branches are on Python's ints, also in a program
     def interpolate_pos_encoding(self, height: int, width: int) -> Tensor:
-        """Position embeddings for an image of height x width pixels: [1, 1+N, D]."""
+        """Position embeddings for an image of height x width pixels: [1, 1+N, D].
+
+        In a program that is exported for any size these two are tensors.
+        """
         rows, columns = height // self.patch_embed.patch_size, width // self.patch_embed.patch_size
         side = self._grid_side
-        if rows == columns == side:
-            return self.pos_embed
-        row_weights = self._resize_matrix(rows)
-        column_weights = self._resize_matrix(columns)
+        if isinstance(rows, int) and isinstance(columns, int):
+            if rows == columns == side:
+                return self.pos_embed
+            row_weights, column_weights = self._resize_matrix(rows), self._resize_matrix(columns)
+        else:
+            row_weights, column_weights = self._symbolic_resize_matrices(rows, columns)
         grid = self.pos_embed[0, 1:].reshape([side, side * self.embed_dim])
-        grid = paddle.matmul(row_weights, grid).reshape([rows, side, self.embed_dim])
-        grid = paddle.matmul(column_weights, grid).reshape([1, rows * columns, self.embed_dim])
+        grid = paddle.matmul(row_weights, grid).reshape([-1, side, self.embed_dim])
+        grid = paddle.matmul(column_weights, grid).reshape([1, -1, self.embed_dim])
         return paddle.concat([self.pos_embed[:, :1], grid], axis=1)
 
     def _resize_matrix(self, size: int) -> Tensor:
         side = self._grid_side
-        # The official offset of 0.1 was to guard the size against rounding down, but it changes the scale too.
-        scale = (size + 0.1) / side if self.pos_embed_mode == "scale" else size / side
         exact = self.pos_embed.dtype == paddle.float64
-        matrix = _bicubic_matrix(side, size, scale, np.float64 if exact else np.float32)
+        matrix = _bicubic_matrix(side, size, self._resize_scale(size), np.float64 if exact else np.float32)
         return paddle.to_tensor(matrix).astype(self.pos_embed.dtype)
+
+    def _symbolic_resize_matrices(self, rows: Tensor, columns: Tensor) -> list[Tensor]:
+        """The same of two sizes that are not known yet, by operations of the program."""
+        side = self._grid_side
+        rows, columns = paddle.full([1], rows, "int64"), paddle.full([1], columns, "int64")
+        same = paddle.logical_and(rows == side, columns == side).astype("float64")
+        # At a scale of 1 the matrix is exactly the identity: an image of the trained size is not resized.
+        scales = [same + (1.0 - same) * self._resize_scale(size.astype("float64")) for size in (rows, columns)]
+        return [
+            _symbolic_bicubic_matrix(side, size, scale).astype(self.pos_embed.dtype)
+            for size, scale in zip((rows, columns), scales)
+        ]
+
+    def _resize_scale(self, size: Union[int, Tensor]) -> Union[float, Tensor]:
+        # The official offset of 0.1 was to guard the size against rounding down, but it changes the scale too.
+        return (size + 0.1) / self._grid_side if self.pos_embed_mode == "scale" else size / self._grid_side
 
 
 def _bicubic_matrix(in_size: int, out_size: int, scale: float, dtype: type) -> np.ndarray:
@@ -202,14 +222,36 @@ def _bicubic_matrix(in_size: int, out_size: int, scale: float, dtype: type) -> n
     """
     center = (dtype(1.0 / scale) * (np.arange(out_size) + 0.5) - 0.5).astype(dtype).astype(np.float64)
     matrix = np.zeros([out_size, in_size])
-    for offset in (-1, 0, 1, 2):
-        index = np.floor(center) + offset
-        distance = np.abs(center - index)
-        near = (1.25 * distance - 2.25) * distance**2 + 1.0
-        far = -0.75 * (((distance - 5.0) * distance + 8.0) * distance - 4.0)
-        source = np.clip(index, 0, in_size - 1).astype(np.int64)
-        np.add.at(matrix, (np.arange(out_size), source), np.where(distance <= 1.0, near, far))
+    for index, weight in _bicubic_taps(center, np.floor(center)):
+        np.add.at(matrix, (np.arange(out_size), np.clip(index, 0, in_size - 1).astype(np.int64)), weight)
     return matrix
+
+
+def _symbolic_bicubic_matrix(in_size: int, out_size: Tensor, scale: Tensor) -> Tensor:
+    """`_bicubic_matrix` for float32 as operations of a program that is exported; out_size, scale: [1]."""
+    inverse = (1.0 / scale).astype("float32").astype("float64")
+    positions = paddle.arange(out_size, dtype="int64").astype("float64") + 0.5
+    center = (inverse * positions - 0.5).astype("float32").astype("float64")
+    sources = paddle.arange(in_size, dtype="int64").astype("float64")
+    matrix = 0.0
+    for index, weight in _bicubic_taps(center, paddle.floor(center)):
+        hits = index.clip(0.0, in_size - 1.0).unsqueeze(1) == sources
+        matrix = matrix + weight.unsqueeze(1) * hits.astype("float64")
+    return matrix
+
+
+def _bicubic_taps(center: Array, floor: Array) -> Iterator[tuple[Array, Array]]:
+    """The four pixels that a sample at `center` is made of: index (it may lie outside) and weight.
+
+    Without abs(): Paddle 3.3 optimises this one away when it runs the exported program.
+    """
+    for offset in (-1.0, 0.0, 1.0, 2.0):
+        index = floor + offset
+        distance = center - index if offset < 1.0 else index - center
+        if offset in (0.0, 1.0):
+            yield index, (1.25 * distance - 2.25) * distance**2 + 1.0
+        else:
+            yield index, -0.75 * (((distance - 5.0) * distance + 8.0) * distance - 4.0)
 
 
 @BACKBONES.register()

@@ -18,6 +18,7 @@ from passl.models.layers import (
     LayerNorm,
     Linear,
     Mlp,
+    check_image_size,
     check_positive,
     torch_uniform,
 )
@@ -58,11 +59,7 @@ class ConvPatchEmbed(nn.Layer):
         self.proj = nn.Sequential(*layers[:-1])
 
     def forward(self, images: Tensor) -> Tensor:
-        height, width = images.shape[-2:]
-        if height % self.patch_size or width % self.patch_size:
-            raise ValueError(
-                f"image height and width ({height} x {width}) must be multiples of patch_size ({self.patch_size})"
-            )
+        check_image_size(*images.shape[-2:], self.patch_size)
         return self.proj(images)
 
 
