@@ -1,6 +1,8 @@
 """The console commands. Paddle is imported only once there is something to run: ``--help`` answers at once."""
 
 from passl.cli.data import data_main
+from passl.cli.export import export_main
+from passl.cli.predict import predict_main
 from passl.cli.train import eval_main, train_main
 
-__all__ = ["data_main", "eval_main", "train_main"]
+__all__ = ["data_main", "eval_main", "export_main", "predict_main", "train_main"]

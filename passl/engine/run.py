@@ -56,7 +56,7 @@ def train(config: Config, source: Config) -> Trainer:
         if value is not None and value < lowest:
             raise ConfigError([f"Global.{key} ({value}) must be at least {lowest}"])
     log.setup(quiet=not distributed.is_main())
-    _start(settings)
+    start(settings)
     try:
         trainer, store, resumed = _prepare(config, source, settings)
     except (ConfigError, CheckpointError):
@@ -145,14 +145,14 @@ def _folder(config: Config, settings: GlobalSettings) -> Path:
 def evaluate_config(config: Config, source: Config) -> dict[str, float]:
     """Run the evaluators of a checked configuration on its model; writes and returns their numbers."""
     settings = build.global_settings(config)
-    _start(settings)
+    start(settings)
     folder = _folder(config, settings)
     log.setup(folder / "eval.log" if distributed.is_main() else None, quiet=not distributed.is_main())
     paddle.seed(settings.seed)
     model = build.model(config)
     is_whole = True
     if settings.pretrained_model:
-        is_whole = _load_pretrained(settings, model)
+        is_whole = load_pretrained(settings, model)
     else:
         logger.warning("Global.pretrained_model is not given: evaluating an untrained %s", type(model).__name__)
     found = build.evaluators(config, model)
@@ -180,7 +180,7 @@ def evaluate_config(config: Config, source: Config) -> dict[str, float]:
     return results
 
 
-def _start(settings: GlobalSettings) -> None:
+def start(settings: GlobalSettings) -> None:
     """Device, flags and process group, before the first tensor."""
     gpu = paddle.is_compiled_with_cuda() and paddle.device.cuda.device_count() > 0
     device = settings.device
@@ -214,7 +214,7 @@ def _set_flag(name: str, value: Any) -> None:
 def _load_start(settings: GlobalSettings, method: Method) -> None:
     """Pre-trained weights, or scratch."""
     if settings.pretrained_model:
-        _load_pretrained(settings, method)
+        load_pretrained(settings, method)
     elif method.needs_pretrained:
         logger.warning(
             "Global.pretrained_model is not given: %s trains on an untrained backbone", type(method).__name__
@@ -292,7 +292,7 @@ def _resume_prefix(settings: GlobalSettings, store: CheckpointStore) -> Optional
     return prefix
 
 
-def _load_pretrained(settings: GlobalSettings, model: nn.Layer) -> bool:
+def load_pretrained(settings: GlobalSettings, model: nn.Layer) -> bool:
     """Weights of a whole method, of a backbone, or of a run that holds one, into ``model``; True for a whole method."""
     source = checkpoint.with_suffix(settings.pretrained_model, checkpoint.PARAMS)
     state = checkpoint.read_weights(source)

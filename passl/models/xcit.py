@@ -72,7 +72,10 @@ class FourierPositions(nn.Layer):
         super().__init__()
         self.token_projection = _conv(2 * self.num_frequencies, dim, 1)
 
+    @paddle.jit.not_to_static  # nothing here belongs into an exported program but the projection
     def forward(self, height: int, width: int) -> Tensor:
+        if not (isinstance(height, int) and isinstance(width, int)):
+            raise ValueError("the positions of XCiT need a fixed image size to be exported")
         shape = [self.num_frequencies, height, width]
         rows = np.broadcast_to(self._waves(height)[:, :, None], shape)
         columns = np.broadcast_to(self._waves(width)[:, None, :], shape)
