@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
 import shutil
+import sys
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Optional, Union
 
@@ -223,20 +226,42 @@ def _save_onnx(folder: Path) -> None:
     size = (folder / WEIGHTS).stat().st_size
     if size > _MAX_ONNX_BYTES:
         raise ExportError(f"{size / 1e9:.1f} GB of weights do not fit an .onnx (2 GB): use --format paddle")
+    target = folder / "model.onnx"
+    problem: Optional[BaseException] = None
+    with _captured_output(folder / "log.txt"):
+        try:
+            paddle2onnx.export(
+                str(exported.program_in(folder)),
+                str(folder / WEIGHTS),
+                str(target),
+                opset_version=_OPSET,
+                optimize_tool="none",  # the default one installs packages from the network by itself
+            )
+        # It ends the process when it fails.
+        except (Exception, SystemExit) as error:
+            problem = error
+    if problem is not None or not target.is_file():
+        said = (folder / "log.txt").read_text(errors="replace").strip().splitlines()[-5:]
+        raise ExportError("\n".join(["paddle2onnx cannot convert this network:", *said])) from problem
+
+
+@contextlib.contextmanager
+def _captured_output(file: Path) -> Iterator[None]:
+    """Sends what this process prints, also from C++, to ``file``."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    saved = [os.dup(1), os.dup(2)]
     try:
-        # Its default optimiser, polygraphy, would install packages from the network by itself.
-        paddle2onnx.export(
-            str(exported.program_in(folder)),
-            str(folder / WEIGHTS),
-            str(folder / "model.onnx"),
-            opset_version=_OPSET,
-            optimize_tool="none",
-        )
-    # It ends the process when it fails.
-    except (Exception, SystemExit) as error:
-        raise ExportError(f"paddle2onnx cannot convert this network: {error}") from error
-    if not (folder / "model.onnx").is_file():
-        raise ExportError("paddle2onnx cannot convert this network; what it printed says why")
+        with file.open("wb") as log:
+            os.dup2(log.fileno(), 1)
+            os.dup2(log.fileno(), 2)
+            yield
+            sys.stdout.flush()
+            sys.stderr.flush()
+    finally:
+        for number, copy in enumerate(saved, 1):
+            os.dup2(copy, number)
+            os.close(copy)
 
 
 def _finish_onnx(source: Path, path: Path, meta: Meta) -> None:

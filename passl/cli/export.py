@@ -5,9 +5,13 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Sequence
-from typing import Optional
+from typing import TYPE_CHECKING, Optional
 
 from passl.cli.common import CONFIG_ERROR, guarded, image_size, import_paddle, new_parser, stop
+
+if TYPE_CHECKING:
+    from passl.config import Config
+    from passl.engine.export import ExportOptions
 
 _HELP = """\
 Write a network as one file for inference: Paddle's (.passl) or ONNX (.onnx), with its preprocessing and class names
@@ -45,7 +49,7 @@ def export_main(arguments: Optional[Sequence[str]] = None) -> None:
         if options.pretrained_model is not None:
             config["Global"] = {**(config.get("Global") or {}), "pretrained_model": options.pretrained_model}
         import_paddle()
-        from passl.engine.export import ExportOptions, export_config
+        from passl.engine.export import ExportOptions
         from passl.engine.run import checked
 
         config = checked(config, training=False)
@@ -53,7 +57,21 @@ def export_main(arguments: Optional[Sequence[str]] = None) -> None:
         stop(error, CONFIG_ERROR)
     names = ("out", "image_size", "class_names", "knn_bank", "k", "temperature", "batch_size", "num_workers", "raw")
     given = {name: getattr(options, name) for name in names}
-    guarded(export_config, config, ExportOptions(export_type=_export_type(options), **given))
+    guarded(_export, config, ExportOptions(export_type=_export_type(options), **given))
+
+
+def _export(config: Config, options: ExportOptions) -> None:
+    from passl.engine.export import export_config
+    from passl.export import comparison_table
+
+    out, meta = export_config(config, options)
+    print(comparison_table(meta))
+    height, width = meta.input_shape[2:]
+    size = f"{height} x {width}" if height else f"any, in multiples of {meta.multiple_of}"
+    kind = f"{len(meta.class_names)} classes ({meta.classifier['kind']})" if meta.classifier else "features"
+    print(f"{out}: {kind}, images {size}, {out.stat().st_size / 1e6:.1f} MB")
+    if options.raw is not None:
+        print(f"{options.raw}: the same as separate files")
 
 
 def _export_type(options: argparse.Namespace) -> Optional[str]:

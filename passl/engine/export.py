@@ -24,7 +24,6 @@ from passl.export import (
     KNNNetwork,
     ProbeNetwork,
     check_onnx,
-    comparison_table,
     export,
     multiple_of,
 )
@@ -59,8 +58,8 @@ class ExportOptions:
     raw: Optional[str] = None
 
 
-def export_config(config: Config, options: ExportOptions) -> Path:
-    """Export the model of a checked configuration; returns the file.
+def export_config(config: Config, options: ExportOptions) -> tuple[Path, Meta]:
+    """Export the model of a checked configuration; returns the file and its description.
 
     Raises:
         ConfigError: a value is not what it must be.
@@ -103,8 +102,7 @@ def export_config(config: Config, options: ExportOptions) -> Path:
         architecture=dict(config["Model"]),
         raw=options.raw,
     )
-    _announce(meta, out, options.raw)
-    return out
+    return out, meta
 
 
 def _network(model: nn.Layer, is_whole: bool, weights: str) -> Exportable:
@@ -222,15 +220,3 @@ def _read_names(path: str, instead_of: list[str]) -> list[str]:
     if len(names) != len(instead_of):
         raise ExportError(f"--class-names: {path} has {len(names)} names, and there are {len(instead_of)} classes")
     return names
-
-
-def _announce(meta: Meta, out: Path, raw: Optional[str]) -> None:
-    print(comparison_table(meta))
-    _, _, height, width = meta.input_shape
-    size = f"{height} x {width}" if height else f"any, in multiples of {meta.multiple_of}"
-    classes = (
-        f"{len(meta.class_names)} classes ({(meta.classifier or {}).get('kind')})" if meta.class_names else "features"
-    )
-    print(f"{out}: {classes}, images {size}, {out.stat().st_size / 1e6:.1f} MB")
-    if raw is not None:
-        print(f"{raw}: the same as separate files")
