@@ -100,13 +100,14 @@ def _frames(path: str, step: int) -> Iterator[Picture]:
     number = 0
     try:
         with av.open(path) as video:
+            if not video.streams.video:
+                raise ValueError("it has no pictures")
             for number, frame in enumerate(video.decode(video=0)):
                 if number % step == 0:
                     image = frame.to_image()
                     yield Picture(f"{path}#{number}", lambda image=image: image)
-    # Its errors have had several bases; a file without a video stream is an IndexError.
-    except (av.error.FFmpegError, OSError, ValueError, IndexError) as error:
-        problem = UnreadableImageError(path, f"no video can be decoded after frame {number}: {error}")
+    except (av.error.FFmpegError, OSError, ValueError) as error:
+        problem = UnreadableImageError(path, f"the video ends at frame {number}: {error}")
         yield Picture(path, lambda: _raise(problem))
 
 
