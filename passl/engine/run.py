@@ -48,7 +48,7 @@ def train(config: Config, source: Config) -> Trainer:
         if value is not None and value < lowest:
             raise ConfigError([f"Global.{key} ({value}) must be at least {lowest}"])
     log.setup(quiet=not distributed.is_main())
-    _set_up(settings)
+    set_up(settings)
     try:
         trainer, store, resumed = _prepare(config, source, settings)
     except (ConfigError, CheckpointError):
@@ -137,7 +137,7 @@ def _folder(config: Config, settings: GlobalSettings) -> Path:
 def evaluate_config(config: Config, source: Config) -> dict[str, float]:
     """Run the evaluators of a checked configuration on its model; writes and returns their numbers."""
     settings = build.global_settings(config)
-    _set_up(settings)
+    set_up(settings)
     folder = _folder(config, settings)
     log.setup(folder / "eval.log" if distributed.is_main() else None, quiet=not distributed.is_main())
     paddle.seed(settings.seed)
@@ -172,7 +172,7 @@ def evaluate_config(config: Config, source: Config) -> dict[str, float]:
     return results
 
 
-def _set_up(settings: GlobalSettings) -> None:
+def set_up(settings: GlobalSettings) -> None:
     """Device, flags and process group, before the first tensor."""
     gpu = paddle.is_compiled_with_cuda() and paddle.device.cuda.device_count() > 0
     device = settings.device
