@@ -112,7 +112,8 @@ Exportable = Union[FeatureNetwork, ProbeNetwork, KNNNetwork]
 
 def multiple_of(backbone: nn.Layer) -> int:
     """What the sides of an image must be multiples of."""
-    return getattr(getattr(backbone, "patch_embed", None), "patch_size", 1)
+    size = getattr(getattr(backbone, "patch_embed", None), "patch_size", 1)
+    return size if isinstance(size, int) else 1
 
 
 # --- exporting -------------------------------------------------------------------------------------------------------

@@ -11,7 +11,9 @@ import pytest
 
 from passl import exported
 from passl.cli import export_main
+from passl.config import ConfigError
 from passl.data.datasets import ImageFolder
+from passl.engine.export import _configured_size
 from passl.evaluators.knn import knn_classify
 from passl.export import (
     FeatureNetwork,
@@ -257,6 +259,25 @@ def test_sizes_of_preprocessing():
     assert exported.output_size(exported.at_size(own, 16, 24)) == (16, 24)
     with pytest.raises(ExportError, match="must end in ToTensor"):
         exported.output_size([{"Resize": {"size": 64}}])
+
+
+@pytest.mark.parametrize(
+    ("shape", "sides"),
+    [
+        (None, None),
+        ([None, 3, 224, 224], (224, 224)),
+        (["None", 3, -1, -1], (None, None)),  # PASSL's files are read by Python there
+        ([3, 96, 160], (96, 160)),
+    ],
+)
+def test_input_shape_of_a_configuration(shape, sides):
+    assert _configured_size(shape) == sides
+
+
+@pytest.mark.parametrize("shape", [[], [224], [None, 1, 224, 224], [1, 1, 3, 8, 8], [None, 3, "x", 224]])
+def test_wrong_input_shapes(shape):
+    with pytest.raises(ConfigError, match=r"Export.input_shape .* must be \[null, 3, height, width\]"):
+        _configured_size(shape)
 
 
 # --- the command ---
