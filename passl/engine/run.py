@@ -15,6 +15,7 @@ from passl.config import Config, ConfigError, check, to_yaml
 from passl.engine import build, start
 from passl.engine.hooks import CheckpointHook, EvaluationHook, LogHook
 from passl.engine.passl_config import translate
+from passl.engine.plugins import load_plugins
 from passl.engine.settings import GlobalSettings, schema
 from passl.engine.trainer import Hook, Trainer
 from passl.evaluators import Evaluator, evaluate
@@ -30,6 +31,7 @@ def checked(config: Config, training: bool) -> Config:
     Raises:
         ConfigError: with all problems.
     """
+    load_plugins(config)
     config, problems = translate(config, training)
     try:
         check(config, schema(training))
