@@ -387,6 +387,7 @@ def test_a_backbone_with_a_bank_by_its_name(folder, tmp_path):
             2,
             "-o changes a configuration (-c): use --set patch_size=8",
         ),
+        (["--arch", "vit_tiny", "--class-names", "probe.yaml"], 1, "a backbone alone has no classes"),
         (["-c", "probe.yaml", "--set", "depth=1"], 2, "--set is for --arch: use -o Model.depth=1"),
         (["--arch", "vit_tiny", "--set", "depth"], 2, "--set depth: expected KEY=VALUE"),
         (["--image-size", "a", "--arch", "vit_tiny"], 2, "'a' must be a side such as 224"),
