@@ -20,6 +20,7 @@ from passl.export import (
     KNNNetwork,
     ProbeNetwork,
     check_differences,
+    check_onnx,
     comparison_shapes,
     export,
 )
@@ -74,13 +75,13 @@ def file(tmp_path, export_type):
 
 @pytest.mark.smoke
 def test_a_transformer_of_any_size(file, export_type):
-    network = FeatureNetwork(vit())
+    network = FeatureNetwork(VisionTransformer(64, 16, 3, 12, 2, 2))
     meta = export(network, file, PREPROCESSING, export_type=export_type)
     assert meta.input_shape == [None, 3, None, None]
-    for shape in ((1, 32, 32), (3, 24, 56), (2, 64, 8), (1, 40, 40)):
+    for shape in ((1, 64, 64), (3, 48, 112), (2, 128, 16), (1, 80, 80)):
         assert_same(file, network, shape)
-    with pytest.raises(ExportError, match=r"takes images \[B, 3, any multiple of 8 x any multiple of 8\], not"):
-        ExportedNetwork(file)(images(1, 32, 33))
+    with pytest.raises(ExportError, match=r"takes images \[B, 3, any multiple of 16 x any multiple of 16\], not"):
+        ExportedNetwork(file)(images(1, 64, 33))
 
 
 @pytest.mark.smoke
@@ -154,6 +155,32 @@ def test_a_file_that_differs_is_not_written(tmp_path, monkeypatch):
     with pytest.raises(ExportError, match="nothing is written"):
         export(FeatureNetwork(vit()), tmp_path / "x.passl", PREPROCESSING, 32, 32)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("failure", [SystemExit(1), RuntimeError("no such operator"), None])
+def test_what_paddle2onnx_says_when_it_fails(tmp_path, monkeypatch, failure, capfd):
+    converter = pytest.importorskip("paddle2onnx")
+    pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+
+    def fail(*arguments, **options):
+        print("Operator X is not supported")
+        if failure is not None:
+            raise failure
+
+    monkeypatch.setattr(converter, "export", fail)
+    with pytest.raises(ExportError, match="cannot convert this network:\nOperator X is not supported"):
+        export(FeatureNetwork(vit()), tmp_path / "x.onnx", PREPROCESSING, 32, 32, "onnx")
+    assert not list(tmp_path.iterdir())
+    print("as before")
+    assert capfd.readouterr().out == "as before\n"
+
+
+@pytest.mark.smoke
+def test_paddle_2_writes_no_onnx(tmp_path, monkeypatch):
+    monkeypatch.setattr(paddle, "__version__", "2.6.2")
+    with pytest.raises(ExportError, match=r"ONNX needs Paddle 3, and this is 2.6.2: upgrade it, or"):
+        check_onnx()
 
 
 def test_comparison_shapes_are_of_several_batches_and_rectangles():
@@ -343,6 +370,14 @@ def test_a_backbone_with_a_bank_by_its_name(folder, tmp_path):
         (["--arch", "vit_smal"], 2, "Did you mean 'vit_small'?"),
         (["--arch", "vit_tiny", "--knn-bank", "nowhere"], 1, "--knn-bank: there is no folder nowhere"),
         (["-c", "probe.yaml", "--out", "x.pt"], 1, "must end in .passl"),
+        (
+            ["--arch", "vit_tiny", "-o", "Model.patch_size=8"],
+            2,
+            "-o changes a configuration (-c): use --set patch_size=8",
+        ),
+        (["--arch", "vit_tiny", "--class-names", "probe.yaml"], 1, "a backbone alone has no classes"),
+        (["-c", "probe.yaml", "--set", "depth=1"], 2, "--set is for --arch: use -o Model.depth=1"),
+        (["--arch", "vit_tiny", "--set", "depth"], 2, "--set depth: expected KEY=VALUE"),
         (["--image-size", "a", "--arch", "vit_tiny"], 2, "'a' must be a side such as 224"),
     ],
 )

@@ -32,7 +32,7 @@ Then: passl-predict birds.passl holiday/*.jpg
 
 def export_main(arguments: Optional[Sequence[str]] = None) -> None:
     """``passl-export``"""
-    options = _parser().parse_args(arguments)
+    options = _options(arguments)
     os.environ.setdefault("GLOG_minloglevel", "2")  # Paddle's C++ parts report each pass otherwise
     from passl.config import Config, ConfigError, load
     from passl.yaml_io import parse
@@ -72,6 +72,19 @@ def _export(config: Config, options: ExportOptions) -> None:
     print(f"{out}: {kind}, images {size}, {out.stat().st_size / 1e6:.1f} MB")
     if options.raw is not None:
         print(f"{options.raw}: the same as separate files")
+
+
+def _options(arguments: Optional[Sequence[str]]) -> argparse.Namespace:
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if options.arch and options.override:
+        parser.error("-o changes a configuration (-c): use --set " + options.override[0].rpartition(".")[2])
+    if options.config and options.set:
+        parser.error(f"--set is for --arch: use -o Model.{options.set[0]}")
+    for text in options.set:
+        if "=" not in text:
+            parser.error(f"--set {text}: expected KEY=VALUE, such as patch_size=8")
+    return options
 
 
 def _export_type(options: argparse.Namespace) -> Optional[str]:
