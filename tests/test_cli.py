@@ -130,7 +130,7 @@ def test_missing_and_misshapen_weights_are_errors(folder, pretrained):
         tiny.TRAIN, "-c", folder / "probe.yaml", *tiny.overrides(Global__pretrained_model=folder / "no/file")
     )
     assert missing.returncode == 1
-    assert "no/file.pdparams" in missing.stderr
+    assert "no/file: no such file (tried .pdparams, .safetensors, .pth" in missing.stderr
     options = tiny.overrides(Global__pretrained_model=pretrained, Model__backbone__embed_dim=24)
     other = tiny.run(tiny.TRAIN, "-c", folder / "probe.yaml", *options)
     assert other.returncode == 1

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.smoke
 
 def test_models_are_listed_by_pattern():
     assert passl.list_models() == BACKBONES.names() == sorted(BACKBONES.names())
-    assert passl.list_models("vit_*") == ["vit_base", "vit_small", "vit_tiny"]
+    assert passl.list_models("vit_*") == ["vit_base", "vit_large", "vit_small", "vit_tiny"]
     resnets = ["resnet101", "resnet152", "resnet18", "resnet34", "resnet50"]
     assert passl.list_models("resnet*") == resnets
     assert passl.list_models("xcit_*_12_p1[6]") == ["xcit_nano_12_p16", "xcit_small_12_p16", "xcit_tiny_12_p16"]

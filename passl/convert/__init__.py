@@ -14,6 +14,7 @@ from passl.convert.torch_writer import save_torch
 
 # These know the architectures and so import Paddle, which reading and writing files does not need.
 _WITH_PADDLE = {
+    "TORCH_SUFFIXES": "source",
     "ConversionError": "report",
     "convert": "api",
     "find_file": "source",

@@ -9,18 +9,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Callable, Optional
 
-import numpy as np
 from paddle import nn
 
 import passl.models  # noqa: F401  (registers the backbones)
 from passl.convert.layout import blueprint
+from passl.convert.limits import DAMAGE
 from passl.convert.report import ConversionError
 from passl.models.dino import DINOHead
 from passl.registry import BACKBONES
 
 Shapes = Mapping[str, tuple[int, ...]]  # PyTorch's names and shapes
 
-_BLOCK = re.compile(r"blocks\.(\d+)\.")
 _RESNETS = {
     (False, (2, 2, 2, 2)): "resnet18",
     (False, (3, 4, 6, 3)): "resnet34",
@@ -63,8 +62,12 @@ class Architecture:
             # Neither names nor shapes depend on the number of heads.
             heads = {"num_heads": 1} if "num_heads" in self.unknown else {}
             return blueprint(BACKBONES.get(self.name), {**self.arguments, **heads})
-        except (ValueError, TypeError) as error:
+        except DAMAGE as error:
             raise ConversionError(f"the architecture {self}: {error}") from error
+
+    def takes(self, argument: str) -> bool:
+        """Whether its builder has this argument."""
+        return argument in inspect.signature(BACKBONES.get(self.name)).parameters
 
     def __str__(self) -> str:
         arguments = ", ".join(f"{key}={value}" for key, value in self.arguments.items())
@@ -112,15 +115,20 @@ def infer_head(shapes: Shapes) -> dict[str, Any]:
         ConversionError: it is no DINO head.
     """
     linear = sorted(
-        int(m[1]) for name in shapes if (m := re.fullmatch(r"mlp\.(\d+)\.weight", name)) and len(shapes[name]) == 2
+        int(m[1])
+        for name in shapes
+        if (m := re.fullmatch(r"mlp\.(\d+)\.weight", name, re.ASCII)) and len(shapes[name]) == 2
     )
     first, last = (f"mlp.{linear[0]}.", f"mlp.{linear[-1]}.") if linear else ("mlp.", "mlp.")
     needed = (f"{first}weight", f"{last}weight", "last_layer.weight_g", "last_layer.weight_v")
     if lacking := [name for name in needed if name not in shapes]:
-        raise ConversionError(f"the head is no DINO head: it has no {', '.join(lacking)}")
+        raise ConversionError(
+            f"the head is no DINO head, or a part of one: it has no {', '.join(lacking)}. --kind backbone takes the "
+            "backbone alone"
+        )
     head: dict[str, Any] = {
-        "in_dim": shapes[f"{first}weight"][1],
-        "out_dim": shapes["last_layer.weight_v"][0],
+        "in_dim": _size(shapes, f"{first}weight", 2)[1],
+        "out_dim": _size(shapes, "last_layer.weight_v", 2)[0],
         "bottleneck_dim": shapes[f"{last}weight"][0],
     }
     if len(linear) != 3:
@@ -134,7 +142,8 @@ def infer_head(shapes: Shapes) -> dict[str, Any]:
 
 def _without_defaults(builder: Callable[..., Any], arguments: Mapping[str, Any]) -> dict[str, Any]:
     parameters = inspect.signature(builder).parameters
-    return {key: value for key, value in arguments.items() if parameters[key].default != value}
+    # What it does not know stays, for its own error.
+    return {key: v for key, v in arguments.items() if key not in parameters or parameters[key].default != v}
 
 
 def _visible(shapes: Shapes) -> dict[str, Any]:
@@ -145,13 +154,33 @@ def _visible(shapes: Shapes) -> dict[str, Any]:
         return {}
 
 
-def _depth(shapes: Shapes) -> int:
-    return 1 + max((int(match[1]) for name in shapes if (match := _BLOCK.match(name))), default=-1)
+def _size(shapes: Shapes, name: str, dimensions: int) -> tuple[int, ...]:
+    """The shape of a tensor that tells sizes of the architecture."""
+    shape = shapes.get(name)
+    if shape is None:
+        raise ConversionError(f"the architecture cannot be told: {name} is missing")
+    if len(shape) != dimensions or 0 in shape:
+        raise ConversionError(f"the architecture cannot be told: {name} has {list(shape)} for {dimensions} sizes")
+    return shape
+
+
+def _count(shapes: Shapes, pattern: str) -> int:
+    """How many blocks there are, whose numbers ``pattern`` finds."""
+    numbers = {int(match[1]) for name in shapes if (match := re.match(pattern, name, re.ASCII))}
+    if len(numbers) != 1 + max(numbers, default=-1):
+        found = ", ".join(map(str, sorted(numbers)))
+        raise ConversionError(f"the architecture cannot be told: of {pattern.split('(')[0]}* there are only {found}")
+    return len(numbers)
+
+
+def _ratio(width: int, hidden: int) -> float:
+    """mlp_ratio, with which ``int(width * ratio)`` is ``hidden``."""
+    return hidden / width if int(width * (hidden / width)) == hidden else (hidden + 0.5) / width
 
 
 def _transformer(shapes: Shapes, width: int, arguments: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
     """What ViT and region ViT have in common, with the defaults of neither."""
-    found = {"embed_dim": width, "depth": _depth(shapes)}
+    found: dict[str, Any] = {"embed_dim": width, "depth": _count(shapes, r"blocks\.(\d+)\.")}
     unknown: tuple[str, ...] = ()
     if "num_heads" not in arguments:
         # 64 channels each are usual.
@@ -161,24 +190,26 @@ def _transformer(shapes: Shapes, width: int, arguments: dict[str, Any]) -> tuple
             unknown = ("num_heads",)
     hidden = shapes.get("blocks.0.mlp.fc1.weight", (4 * width,))[0]
     if hidden != 4 * width:
-        found["mlp_ratio"] = hidden / width
+        found["mlp_ratio"] = _ratio(width, hidden)
     if "blocks.0.attn.qkv.bias" not in shapes:
         found["qkv_bias"] = False
     return found, unknown
 
 
 def _vit(shapes: Shapes, arguments: dict[str, Any]) -> Architecture:
-    width, channels, patch, _ = shapes["patch_embed.proj.weight"]
+    width, channels, patch, _ = _size(shapes, "patch_embed.proj.weight", 4)
     found, unknown = _transformer(shapes, width, arguments)
-    extra = {"patch_size": patch, "img_size": patch * _grid_side(shapes["pos_embed"][1] - 1), "in_chans": channels}
+    extra: dict[str, Any] = {"patch_size": patch, "img_size": patch * _grid_side(shapes), "in_chans": channels}
     if "register_tokens" in shapes:
-        extra["num_register_tokens"] = shapes["register_tokens"][1]
+        extra["num_register_tokens"] = _size(shapes, "register_tokens", 3)[1]
     is_swiglu = "blocks.0.mlp.w12.weight" in shapes
     if "blocks.0.ls1.gamma" in shapes:
         size = _DINOV2.get((width, found["depth"]))
-        if size and is_swiglu == (size == "giant") and len(found) == 3:
+        if size and is_swiglu == (size == "giant") and len(found) == 3 and "mask_token" in shapes:
             return _named(f"dinov2_vit_{size}", {**extra, **arguments}, ())
         extra.update(layer_scale=1.0, ffn="swiglu" if is_swiglu else "mlp", mask_token="mask_token" in shapes)
+        if "register_tokens" in shapes:
+            extra["pos_embed_mode"] = "antialias"  # as the registered ones
     else:
         name = _VITS.get((width, found["depth"], found.get("num_heads")))
         if name and len(found) == 3 and set(arguments) <= set(inspect.signature(BACKBONES.get(name)).parameters):
@@ -186,30 +217,29 @@ def _vit(shapes: Shapes, arguments: dict[str, Any]) -> Architecture:
     return _named("VisionTransformer", {**extra, **found, **arguments}, unknown)
 
 
-def _grid_side(patches: int) -> int:
+def _grid_side(shapes: Shapes) -> int:
+    patches = _size(shapes, "pos_embed", 3)[1] - 1
     side = math.isqrt(patches)
-    if side * side != patches:
-        raise ConversionError(f"pos_embed has {patches} patches, which are no square")
+    if side * side != patches or not side:
+        distilled = ": a distilled DeiT, which has no counterpart here" if "dist_token" in shapes else ""
+        raise ConversionError(f"pos_embed has {patches + 1} positions, not [CLS] and a square grid{distilled}")
     return side
 
 
 def _region(shapes: Shapes, arguments: dict[str, Any]) -> Architecture:
-    width, channels = shapes["phi.0.weight"]
+    width, channels = _size(shapes, "phi.0.weight", 2)
     found, unknown = _transformer(shapes, width, arguments)
-    grid = _grid_side(shapes["pos_embed"][1] - 1)
-    extra = {"in_chans": channels, "grid_size": grid}
+    extra = {"in_chans": channels, "grid_size": _grid_side(shapes)}
     # Six heads of 32 channels each, not the usual 64.
     if (width, found["depth"], len(found)) == (192, 6, 3) and not arguments:
         return _named("hvit_xs", extra, ())
-    found = {**extra, **found}
-    return _named("RegionTransformer", {**found, **arguments}, unknown)
+    return _named("RegionTransformer", {**extra, **found, **arguments}, unknown)
 
 
 def _resnet(shapes: Shapes, arguments: dict[str, Any]) -> Architecture:
     bottleneck = "layer1.0.conv3.weight" in shapes
-    stages = [[int(m[1]) for n in shapes if (m := re.match(rf"layer{stage}\.(\d+)\.", n))] for stage in (1, 2, 3, 4)]
-    depths = tuple(1 + max(blocks, default=-1) for blocks in stages)
-    width, channels = shapes["conv1.weight"][:2]
+    depths = tuple(_count(shapes, rf"layer{stage}\.(\d+)\.") for stage in (1, 2, 3, 4))
+    width, channels = _size(shapes, "conv1.weight", 4)[:2]
     name = _RESNETS.get((bottleneck, depths)) if width == 64 else None
     if name:
         return _named(name, {"in_chans": channels, **arguments}, ())
@@ -218,29 +248,24 @@ def _resnet(shapes: Shapes, arguments: dict[str, Any]) -> Architecture:
 
 
 def _xcit(shapes: Shapes, arguments: dict[str, Any]) -> Architecture:
-    width = shapes["cls_token"][-1]
+    width = _size(shapes, "cls_token", 3)[-1]
     convs = sum(bool(re.fullmatch(r"patch_embed\.proj\.\d+\.0\.weight", name)) for name in shapes)
-    patch, channels = 2**convs, shapes["patch_embed.proj.0.0.weight"][1]
-    depth = _depth(shapes)
-    heads = shapes["blocks.0.attn.temperature"][0]
+    patch, channels = 2**convs, _size(shapes, "patch_embed.proj.0.0.weight", 4)[1]
+    depth = _count(shapes, r"blocks\.(\d+)\.")
+    heads = _size(shapes, "blocks.0.attn.temperature", 3)[0]
     name = f"{_XCITS.get((width, depth))}_p{patch}"
-    if name in BACKBONES and heads == blueprint_heads(name) and not arguments:
+    if name in BACKBONES and heads == _heads(name) and not arguments:
         return _named(name, {"in_chans": channels}, ())
     found = {"patch_size": patch, "in_chans": channels, "embed_dim": width, "depth": depth, "num_heads": heads}
-    hidden = shapes["blocks.0.mlp.fc1.weight"][0]
-    found["mlp_ratio"] = hidden / width
-    found["cls_attn_depth"] = 1 + max(int(m[1]) for n in shapes if (m := re.match(r"cls_attn_blocks\.(\d+)\.", n)))
+    found["mlp_ratio"] = _ratio(width, _size(shapes, "blocks.0.mlp.fc1.weight", 2)[0])
+    found["cls_attn_depth"] = _count(shapes, r"cls_attn_blocks\.(\d+)\.")
     return _named("XCiT", {**found, **arguments}, () if "tokens_norm" in arguments else ("tokens_norm",))
 
 
-def blueprint_heads(name: str) -> int:
+def _heads(name: str) -> int:
     """Attention heads of a registered XCiT."""
     return blueprint(BACKBONES.get(name), {}).blocks[0].attn.num_heads
 
 
 def _named(name: str, arguments: dict[str, Any], unknown: tuple[str, ...]) -> Architecture:
     return Architecture(name, _without_defaults(BACKBONES.get(name), arguments), unknown)
-
-
-def shapes_of(state: Mapping[str, np.ndarray]) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(value.shape) for name, value in state.items()}

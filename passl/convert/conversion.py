@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Optional
 
 import numpy as np
@@ -14,6 +14,7 @@ from passl.convert.layout import Slot, blueprint, counters, prefixed, slots
 from passl.convert.renames import official
 from passl.convert.report import ConversionError, Report
 from passl.convert.source import Entry, Source
+from passl.convert.storage import BFLOAT16
 from passl.models.dino import DINOHead
 from passl.models.probe import LinearClassifier
 
@@ -26,6 +27,7 @@ KINDS = {
 }
 _LINEAR_PARTS = ("probe", "concatenated", "classifier")
 _HEADS = ("head", "dino_head", "ibot_head")
+_PROBE_ARGUMENTS = ("n_last_blocks", "avgpool")
 
 
 @dataclass
@@ -67,19 +69,23 @@ def convert_source(source: Source, options: Options, backbone: Optional[Source] 
     """Find out what ``source`` is, and convert it. ``backbone``: the file of the backbone of a linear classifier.
 
     Raises:
-        ConversionError: nothing matches, something is left over or missing, or the options contradict the file.
+        ConversionError: it becomes nothing that is known, or the options contradict the file. What is left over or
+            missing is in the report, whose ``check`` raises it.
     """
     if options.kind is not None and options.kind not in KINDS:
-        raise ConversionError(f"kind ({options.kind!r}) must be one of {', '.join(KINDS)}")
+        raise ConversionError(f"--kind ({options.kind}) must be one of {', '.join(KINDS)}")
+    copies = source.leave_out_copies(options.allow)
     kind = _kind(source, options)
     assembly = _Assembly(source, options)
-    model = getattr(assembly, f"add_{kind}")()
-    if backbone is not None:
-        if kind != "linear":
-            raise ConversionError(f"{source.path} holds {KINDS[kind]}: --backbone is for a linear classifier alone")
-        assembly.read_from(backbone)
-        kind, model = "probe", assembly.add_backbone_below(model)
+    if backbone is None:
+        model = getattr(assembly, f"add_{kind}")()
+    elif kind == "linear":
+        copies += backbone.leave_out_copies(options.allow)
+        kind, model = "probe", assembly.add_linear_on(backbone)
+    else:
+        raise ConversionError(f"{source.path} holds {KINDS[kind]}: --backbone is for a linear classifier alone")
     conversion = assembly.finish(kind, model)
+    conversion.report.allowed += copies
     conversion.report.allow(options.allow)
     return conversion
 
@@ -87,9 +93,9 @@ def convert_source(source: Source, options: Options, backbone: Optional[Source] 
 def _kind(source: Source, options: Options) -> str:
     networks = source.networks()
     if options.checkpoint_key and options.kind not in (None, "backbone", "network"):
-        raise ConversionError(f"--checkpoint-key is for a backbone or network, not for a {options.kind}")
+        raise ConversionError(f"--checkpoint-key is for a backbone or network, not for --kind {options.kind}")
     if options.checkpoint_key and networks and options.checkpoint_key not in networks:
-        raise ConversionError(f"{source.path} has no {options.checkpoint_key}, only the {networks[0]}")
+        raise ConversionError(f"{source.path} has no {options.checkpoint_key}: --checkpoint-key {networks[0]} is there")
     if options.kind:
         return options.kind
     if options.checkpoint_key:
@@ -108,19 +114,14 @@ class _Assembly:
     """Takes parts of a source, and keeps account of every tensor."""
 
     def __init__(self, source: Source, options: Options) -> None:
+        self.source = source
         self.options = options
-        self.arguments = dict(options.arguments)
+        self.taken: set[str] = set()  # keys of the source
         self.report = Report()
         self.architecture: Optional[Architecture] = None
         self.state: dict[str, np.ndarray] = {}
         self.layout: list[Slot] = []
         self.counters: dict[str, int] = {}
-        self.read_from(source)
-
-    def read_from(self, source: Source) -> None:
-        """Go on with another file."""
-        self.source = source
-        self.taken: set[str] = set()
 
     # --- kinds ---
 
@@ -129,14 +130,18 @@ class _Assembly:
         for network in ("student", "teacher"):
             if network not in self.source.networks():
                 raise ConversionError(f"{self.source.path} has no {network}: it is no whole run")
-        sections = [self._add_network(network, f"{network}.") for network in ("student", "teacher")]
-        center = self.source.parts("").get("center", {})
-        if sections[0] != sections[1]:
-            raise ConversionError(f"student and teacher are not alike: {sections[0]} and {sections[1]}")
-        out_dim = sections[0]["head"]["out_dim"] if "head" in sections[0] else 0
-        slot = Slot("dino_loss.center", "dino_loss.center", (1, out_dim), "same")
-        self._fill("", [slot], {"dino_loss.center": entry for entry in center.values()})
-        return {"name": "DINO", **sections[0]}
+            if "head" not in self.source.parts(network):
+                raise ConversionError(
+                    f"the {network} in {self.source.path} has no projection head of DINO, so it is no whole run: "
+                    "--checkpoint-key teacher takes the teacher's backbone"
+                )
+        student, teacher = (self._add_network(network, f"{network}.") for network in ("student", "teacher"))
+        if student != teacher:
+            raise ConversionError(f"student and teacher are not alike: {student} and {teacher}")
+        center = self.source.parts("").get("center", {}).get("center")
+        slot = Slot("dino_loss.center", "dino_loss.center", (1, student["head"]["out_dim"]), "same")
+        self._fill("", [slot], {slot.torch_name: center} if center else {})
+        return {"name": "DINO", **student}
 
     def add_network(self) -> dict[str, Any]:
         """Backbone and heads of one network."""
@@ -146,10 +151,10 @@ class _Assembly:
     def add_backbone(self) -> dict[str, Any]:
         """The backbone of the network that is asked for, nothing else."""
         network = self._network()
-        self.architecture = self._add_backbone(network, "")
+        section = self._add_backbone(network, "").section
         if self.options.kind or self.options.checkpoint_key:
             self._leave_rest(network)
-        return self.architecture.section
+        return section
 
     def add_linear(self) -> dict[str, Any]:
         """A linear classifier alone."""
@@ -157,27 +162,38 @@ class _Assembly:
 
     def add_probe(self) -> dict[str, Any]:
         """A backbone with a linear classifier."""
-        self.architecture = self._add_backbone("", "backbone.")
-        return self._probe_section(self._add_linear(self.architecture))
-
-    def add_backbone_below(self, linear: dict[str, Any]) -> dict[str, Any]:
-        """The backbone that a linear classifier was trained on, from a second file."""
         network = self._network()
-        self.architecture = self._add_backbone(network, "backbone.")
+        return self._probe_section(self._add_linear(self._add_backbone(network, "backbone.")))
+
+    def add_linear_on(self, backbone: Source) -> dict[str, Any]:
+        """A linear classifier, and the backbone that it was trained on, which is in another file."""
+        linear, self.source = self.source, backbone
+        network = self._network()
+        architecture = self._add_backbone(network, "backbone.")
         self._leave_rest(network)
-        return self._probe_section({**linear, **self._probe_input(self.architecture, linear["in_dim"])})
+        self._close()
+        self.source = linear
+        return self._probe_section(self._add_linear(architecture))
 
     def finish(self, kind: str, model: dict[str, Any]) -> Conversion:
         """Everything together; what no part has taken is left over."""
+        self._close()
+        return Conversion(kind, model, self.architecture, self.state, self.layout, self.counters, self.report)
+
+    def _close(self) -> None:
         gone = {*self.taken, *self.report.not_asked}
         self.report.left_over += [entry.key for entry in self.source.entries if entry.key not in gone]
-        return Conversion(kind, model, self.architecture, self.state, self.layout, self.counters, self.report)
+        self.taken = set()
 
     # --- parts ---
 
     def _leave_rest(self, network: str) -> None:
         """Only the backbone is wanted: everything else is not asked for, rather than left over."""
-        self.report.not_asked += [e.key for e in self.source.entries if (e.network, e.part) != (network, "backbone")]
+        self.report.not_asked += [
+            entry.key
+            for entry in self.source.entries
+            if (entry.network, entry.part) != (network, "backbone") and entry.key not in self.taken
+        ]
 
     def _network(self) -> str:
         """Whose backbone is meant: as asked for, else the teacher's, which is the better one."""
@@ -186,9 +202,7 @@ class _Assembly:
         return wanted if wanted in networks else networks[0] if networks else ""
 
     def _add_network(self, network: str, prefix: str) -> dict[str, Any]:
-        architecture = self._add_backbone(network, f"{prefix}backbone.")
-        self.architecture = architecture
-        section: dict[str, Any] = {"backbone": architecture.section}
+        section: dict[str, Any] = {"backbone": self._add_backbone(network, f"{prefix}backbone.").section}
         parts = self.source.parts(network)
         for part in _HEADS:
             if part in parts:
@@ -197,76 +211,100 @@ class _Assembly:
         return section
 
     def _add_backbone(self, network: str, prefix: str) -> Architecture:
-        entries = self.source.parts(network).get("backbone", {})
-        names = official({name: entry.value for name, entry in entries.items()})
-        shapes = {name: self._torch_shape(name, value) for name, value in names.values.items()}
-        architecture = self._architecture(shapes)
-        renamed = {name: entries[names.before[name]]._replace(value=value) for name, value in names.values.items()}
-        self._fill(prefix, slots(self.options.layer or architecture.blueprint()), renamed)
+        entries = official(self.source.parts(network).get("backbone", {}))
+        self.architecture = architecture = self._architecture(self._torch_shapes(entries))
+        layout = slots(self.options.layer or architecture.blueprint())
+        if self.options.layer is not None or self.options.arch:
+            entries = self._by_own_names(network, layout, entries)
+        self._fill(prefix, layout, entries)
         return architecture
 
     def _architecture(self, shapes: Mapping[str, tuple[int, ...]]) -> Architecture:
-        known = {key: value for key, value in self.arguments.items() if key not in ("n_last_blocks", "avgpool")}
         if self.options.layer is not None:
             return Architecture(type(self.options.layer).__name__)
-        return given(self.options.arch, shapes, known) if self.options.arch else infer(shapes, known)
+        known = {key: value for key, value in self.options.arguments.items() if key not in _PROBE_ARGUMENTS}
+        architecture = given(self.options.arch, shapes, known) if self.options.arch else infer(shapes, known)
+        if self.source.is_clemsgrs and architecture.takes("pos_embed_mode"):
+            return replace(architecture, arguments={"pos_embed_mode": "size", **architecture.arguments})
+        return architecture
 
-    def _add_head(self, entries: dict[str, Entry], prefix: str) -> dict[str, Any]:
-        named = official({name: entry.value for name, entry in entries.items()})
-        shapes = {name: self._torch_shape(name, value) for name, value in named.values.items()}
-        arguments = infer_head(shapes)
-        layout = slots(blueprint(DINOHead, arguments))
-        self._fill(prefix, layout, {name: entries[named.before[name]] for name in named.values})
+    def _by_own_names(self, network: str, layout: list[Slot], entries: dict[str, Entry]) -> dict[str, Entry]:
+        """``entries``, and what of the file is called as the Layer calls it, whatever the usual names would say.
+
+        A user's own Layer may well have an ``encoder.`` or a classifier in its backbone.
+        """
+        names = {*(slot.torch_name for slot in layout), *counters(layout)}
+        found = {name: entry for name, entry in entries.items() if name in names}
+        used = {entry.key for entry in found.values()}
+        for entry in self.source.entries:
+            if entry.network == network and entry.key not in used:
+                words = entry.key.split(".")
+                tails = (".".join(words[start:]) for start in range(len(words)))
+                name = next((tail for tail in tails if tail in names and tail not in found), None)
+                if name:
+                    found[name] = entry
+        return {**entries, **found}
+
+    def _add_head(self, part: Mapping[str, Entry], prefix: str) -> dict[str, Any]:
+        entries = official(part)
+        arguments = infer_head(self._torch_shapes(entries))
+        self._fill(prefix, slots(blueprint(DINOHead, arguments)), entries)
         return arguments
 
     def _add_linear(self, architecture: Optional[Architecture]) -> dict[str, Any]:
-        parts = self.source.parts("")
-        part = next((name for name in _LINEAR_PARTS if name in parts), None)
-        if part is None or "weight" not in parts[part]:
-            raise ConversionError(f"{self.source.path} holds no linear classifier (linear.weight, linear.bias)")
-        entries = parts[part]
-        num_classes, in_dim = self._torch_shape("weight", entries["weight"].value)
+        parts = self.source.parts(self._network())
+        part = next((name for name in _LINEAR_PARTS if name in parts), "")
+        weight = parts.get(part, {}).get("weight")
+        if weight is None or weight.value.ndim != 2 or 0 in weight.value.shape:
+            raise ConversionError(f"{self.source.path} holds no linear classifier (linear.weight [classes, features])")
+        num_classes, in_dim = self._torch_shape("weight", weight.value)
         section = {"in_dim": in_dim, "num_classes": num_classes, **self._probe_input(architecture, in_dim, part)}
-        if part == "concatenated":
-            weight = entries["weight"]
-            entries = {**entries, "weight": weight._replace(value=_interleaved(weight.value, section))}
-        layout = prefixed("linear.", slots(blueprint(LinearClassifier, {"in_dim": in_dim, "num_classes": num_classes})))
-        self._fill("", layout, {f"linear.linear.{name}": entry for name, entry in entries.items()})
+        entries = {f"linear.linear.{name}": entry for name, entry in parts[part].items()}
+        if part == "concatenated" and section["avgpool"]:
+            turned = _interleaved(weight.value, section["n_last_blocks"])
+            entries["linear.linear.weight"] = weight._replace(value=turned)
+        layout = slots(blueprint(LinearClassifier, {"in_dim": in_dim, "num_classes": num_classes}))
+        self._fill("", prefixed("linear.", layout), entries)
         return section
 
-    def _probe_input(self, architecture: Optional[Architecture], in_dim: int, part: str = "probe") -> dict[str, Any]:
-        """Which features a linear classifier of ``in_dim`` inputs sees."""
-        asked = {key: self.arguments[key] for key in ("n_last_blocks", "avgpool") if key in self.arguments}
-        if part == "classifier":
-            return {"n_last_blocks": 1, "avgpool": False, **asked}
-        if part == "concatenated":  # DINOv2: [CLS] of the last 1 or 4 blocks, and the mean of the patches
-            width = architecture.blueprint().embed_dim if architecture else None
-            blocks = in_dim // width - 1 if width else 4 if in_dim % 5 == 0 else 1
-            return {"n_last_blocks": blocks, "avgpool": True, **asked}
-        if architecture is None:
-            return asked
-        # Published: four blocks of ViT-S; one and the mean of the patches of ViT-B.
-        layer = architecture.blueprint()
-        times = in_dim // layer.embed_dim
-        if not hasattr(layer, "get_intermediate_layers"):
-            return {"n_last_blocks": 1, "avgpool": False, **asked}
-        return {"n_last_blocks": 1 if times == 2 else times, "avgpool": times == 2, **asked}
+    def _probe_input(self, architecture: Optional[Architecture], in_dim: int, part: str) -> dict[str, Any]:
+        """Which features a linear classifier of ``in_dim`` inputs sees: as asked for, else as published."""
+        asked = {key: value for key, value in self.options.arguments.items() if key in _PROBE_ARGUMENTS}
+        blocks, avgpool = asked.get("n_last_blocks", 1), asked.get("avgpool", False)
+        if type(blocks) is not int or blocks < 1 or type(avgpool) is not bool:
+            raise ConversionError(f"n_last_blocks ({blocks}) must be 1 or more, and avgpool ({avgpool}) true or false")
+        layer = architecture.blueprint() if architecture else None
+        times = in_dim // layer.embed_dim if layer else 0
+        if part == "concatenated" and layer is None:
+            times = 5 if in_dim % 5 == 0 else 2
+        if part == "classifier" or (layer is not None and not hasattr(layer, "get_intermediate_layers")):
+            found = {"n_last_blocks": 1, "avgpool": False}
+        elif times == 2 or (times > 2 and part == "concatenated"):
+            # ViT-B: one block and the mean of the patches. DINOv2: that, or four blocks and the mean.
+            found = {"n_last_blocks": times - 1, "avgpool": True}
+        else:  # ViT-S: four blocks. Alone, it does not show.
+            found = {"n_last_blocks": times, "avgpool": False} if times else {}
+        return {**found, **asked}
 
     def _probe_section(self, linear: dict[str, Any]) -> dict[str, Any]:
         architecture = self.architecture
         assert architecture is not None
         layer = architecture.blueprint()
-        times = linear["n_last_blocks"] + linear["avgpool"] if hasattr(layer, "get_intermediate_layers") else 1
+        blocks, avgpool = linear.get("n_last_blocks", 1), linear.get("avgpool", False)
+        times = blocks + avgpool if hasattr(layer, "get_intermediate_layers") else 1
         if layer.embed_dim * times != linear["in_dim"]:
             raise ConversionError(
                 f"the linear classifier has {linear['in_dim']} inputs, and {architecture.name} with n_last_blocks="
-                f"{linear['n_last_blocks']} and avgpool={linear['avgpool']} gives {layer.embed_dim * times}: set them "
-                "with --set n_last_blocks=N --set avgpool=true, or give the backbone that it was trained on"
+                f"{blocks} and avgpool={avgpool} gives {layer.embed_dim * times}: set them with --set n_last_blocks=N "
+                "--set avgpool=true, or give the backbone that it was trained on"
             )
-        rest = {key: linear[key] for key in ("num_classes", "n_last_blocks", "avgpool")}
+        rest = {"num_classes": linear["num_classes"], "n_last_blocks": blocks, "avgpool": avgpool}
         return {"name": "LinearProbe", "backbone": architecture.section, **rest}
 
     # --- tensors ---
+
+    def _torch_shapes(self, entries: Mapping[str, Entry]) -> dict[str, tuple[int, ...]]:
+        return {name: self._torch_shape(name, entry.value) for name, entry in entries.items()}
 
     def _torch_shape(self, name: str, value: np.ndarray) -> tuple[int, ...]:
         if self.source.layout == "torch":
@@ -279,10 +317,9 @@ class _Assembly:
     def _fill(self, prefix: str, layout: list[Slot], entries: Mapping[str, Entry]) -> None:
         """Put ``entries`` (official names) into the slots of a Layer whose names start with ``prefix``."""
         report = self.report
-        known_counters = counters(layout)
-        for name in known_counters:
-            if name in entries:
-                self.counters[prefix + name] = int(entries[name].value)
+        for name in counters(layout):
+            if name in entries and entries[name].value.size == 1 and entries[name].value.dtype.kind in "iu":
+                self.counters[prefix + name] = int(entries[name].value.item())
                 report.counters.append(entries[name].key)
                 self.taken.add(entries[name].key)
         for slot in layout:
@@ -290,24 +327,37 @@ class _Assembly:
             if entry is None:
                 report.missing.append(prefix + slot.torch_name)
                 continue
-            self.taken.add(entry.key)
-            shape = self._torch_shape(slot.torch_name, entry.value)
-            if shape != slot.torch_shape:
-                report.misshapen.append(f"{entry.key} (file {list(shape)}, architecture {list(slot.torch_shape)})")
+            self.taken.update((entry.key, *entry.others))
+            if problem := self._misfit(slot, entry.value):
+                report.misshapen.append(f"{entry.key} ({problem})")
                 continue
-            report.matched.append(entry.key)
+            report.matched += (entry.key, *entry.others)
             if entry.key != prefix + slot.name:
-                report.renamed.append((entry.key, prefix + slot.name))
+                report.renamed += [(key, prefix + slot.name) for key in (entry.key, *entry.others)]
             is_torch = self.source.layout == "torch"
             if is_torch and slot.layout == "transposed":
-                report.transposed.append(entry.key)
+                report.transposed += (entry.key, *entry.others)
             self.state[prefix + slot.name] = slot.from_torch(entry.value) if is_torch else entry.value
         self.layout += prefixed(prefix, layout)
 
+    def _misfit(self, slot: Slot, value: np.ndarray) -> str:
+        """Why ``value`` is none for ``slot``; empty where it is."""
+        if value.dtype.kind != "f" and value.dtype != BFLOAT16:
+            return f"file {value.dtype}, architecture floating-point numbers"
+        shape = self._torch_shape(slot.torch_name, value)
+        return "" if shape == slot.torch_shape else f"file {list(shape)}, architecture {list(slot.torch_shape)}"
 
-def _interleaved(weight: np.ndarray, section: Mapping[str, Any]) -> np.ndarray:
-    """DINOv2's columns [cls_1 .. cls_n, mean] in the order of passl's probe, whose last pair is interleaved."""
-    blocks = section["n_last_blocks"]
-    width = weight.shape[1] // (blocks + 1)
-    columns = np.arange(weight.shape[1]).reshape(blocks + 1, width)
+
+def _interleaved(weight: np.ndarray, blocks: int) -> np.ndarray:
+    """DINOv2's columns [cls_1 .. cls_n, mean] in the order of passl's probe, whose last pair is interleaved.
+
+    Raises:
+        ConversionError: the columns are no such features.
+    """
+    if weight.shape[1] % (blocks + 1):
+        raise ConversionError(
+            f"the linear classifier has {weight.shape[1]} inputs, which are not those of {blocks} blocks and a mean: "
+            "give --set n_last_blocks=N, and --set avgpool=false where there is no mean"
+        )
+    columns = np.arange(weight.shape[1]).reshape(blocks + 1, -1)
     return weight[:, np.concatenate([columns[:-2].ravel(), columns[-2:].T.ravel()])]

@@ -10,6 +10,7 @@ import numpy as np
 
 from passl.convert.conversion import Conversion
 from passl.convert.layout import Slot
+from passl.convert.limits import DAMAGE
 from passl.convert.optimizer_state import from_official
 from passl.convert.report import ConversionError
 from passl.convert.source import Source
@@ -41,26 +42,33 @@ def resume_state(source: Source, conversion: Conversion) -> ResumeState:
         ConversionError: the file has no optimizer or epoch, or an optimizer whose state does not map.
     """
     optimizer, epoch = source.aside.get("optimizer"), source.aside.get("epoch")
-    if not isinstance(optimizer, Mapping) or not isinstance(epoch, (int, np.integer)):
+    if not isinstance(optimizer, Mapping) or type(epoch) is not int:
         raise ConversionError("the file has no optimizer or epoch")
-    found = from_official(optimizer, student_parameters(conversion))
-    args = source.aside.get("args")
-    recipe = recipe_of(vars(args), conversion) if isinstance(args, argparse.Namespace) else None
-    scaler = source.aside.get("fp16_scaler")
-    states = {
-        "step": found.steps or 0,
-        "epoch": int(epoch),
-        "converted": True,  # the rest of what identifies a run is not in an official file
-        "scaler": _scaler(scaler) if isinstance(scaler, Mapping) and scaler else {},
-        "progress": {},
-        "origin": {
-            "counters": conversion.counters,
-            "param_groups": [_plain(group) for group in optimizer["param_groups"]],
-            "counts_in_int": any(type(value.get("step")) is int for value in optimizer["state"].values()),
-            "args": _plain(vars(args)) if isinstance(args, argparse.Namespace) else None,
-            "fp16_scaler": _plain(scaler) if isinstance(scaler, Mapping) else None,
-        },
-    }
+    args, scaler = source.aside.get("args"), source.aside.get("fp16_scaler")
+    try:
+        found = from_official(optimizer, student_parameters(conversion))
+        recipe = recipe_of(vars(args), conversion) if isinstance(args, argparse.Namespace) else None
+        states = {
+            "step": found.steps or 0,
+            "epoch": epoch + source.is_clemsgrs,  # theirs is the last epoch, the official one the next
+            "converted": True,  # the rest of what identifies a run is not in an official file
+            "scaler": _scaler(scaler) if isinstance(scaler, Mapping) and scaler else {},
+            "progress": {},
+            "origin": {
+                "counters": conversion.counters,
+                "param_groups": [_plain(group) for group in optimizer["param_groups"]],
+                "steps_behind": found.behind,
+                "counts_in_int": any(type(value.get("step")) is int for value in optimizer["state"].values()),
+                "args": _plain(vars(args)) if isinstance(args, argparse.Namespace) else None,
+                "fp16_scaler": _plain(scaler) if isinstance(scaler, Mapping) else None,
+            },
+        }
+    except ConversionError:
+        raise
+    except DAMAGE as error:  # anything can stand where numbers are expected
+        raise ConversionError(
+            f"the optimizer, scaler or arguments are not those of the official trainer: {error!r}"
+        ) from error
     return ResumeState(found.entries, states, recipe)
 
 
@@ -157,9 +165,12 @@ def _scaler(official: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """Numbers of numpy as Python's, in containers too."""
+    """Numbers of numpy as Python's, in containers too; what is neither number nor text as text."""
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)(_plain(item) for item in value)
-    return value.item() if isinstance(value, (np.generic, np.ndarray)) and np.size(value) == 1 else value
+        items = [_plain(item) for item in value]
+        return items if isinstance(value, list) else tuple(items)
+    if isinstance(value, (np.generic, np.ndarray)) and np.size(value) == 1:
+        return value.item()
+    return value if isinstance(value, (int, float, str, np.ndarray, type(None))) else str(value)

@@ -12,19 +12,24 @@ from passl.convert.layout import Slot
 from passl.convert.report import ConversionError
 
 # The tensors that PyTorch's optimizers keep of a parameter, and the suffixes of the same here.
-_ADAMW = {"exp_avg": "_moment1_0", "exp_avg_sq": "_moment2_0"}
-_KINDS = {"exp_avg": ("AdamW", _ADAMW), "momentum_buffer": ("Momentum", {"momentum_buffer": "_velocity_0"})}
-_KINDS["mu"] = ("LARS", {"mu": "_velocity_0"})
+_TENSORS = {
+    "AdamW": {"exp_avg": "_moment1_0", "exp_avg_sq": "_moment2_0"},
+    "Momentum": {"momentum_buffer": "_velocity_0"},
+    "LARS": {"mu": "_velocity_0"},
+}
 _POWERS = ("_beta1_pow_acc_0", "_beta2_pow_acc_0")
 _BETAS = (0.9, 0.999)
-_WRITERS = {"AdamW": _ADAMW, "Momentum": {"momentum_buffer": "_velocity_0"}, "LARS": {"mu": "_velocity_0"}}
 
 
 class OptimizerState(NamedTuple):
-    """entries: of a ``.pdopt`` file. steps: how many the run has taken, None where its optimizer does not count."""
+    """entries: of a ``.pdopt`` file. steps: how many the run has taken, None where its optimizer does not count.
+
+    behind: how many fewer a parameter has taken, where that is so: a last layer that was frozen at first.
+    """
 
     entries: dict[str, Any]
     steps: Optional[int]
+    behind: dict[str, int]
 
 
 def from_official(state: Mapping[str, Any], parameters: Sequence[Slot]) -> OptimizerState:
@@ -35,38 +40,34 @@ def from_official(state: Mapping[str, Any], parameters: Sequence[Slot]) -> Optim
     """
     ordered = _in_groups(state, parameters)
     entries: dict[str, Any] = {}
-    steps = 0
+    taken: dict[str, int] = {}
     for index, values in state["state"].items():
         if not isinstance(index, int) or not 0 <= index < len(ordered):
             raise ConversionError(f"the optimizer has a state of parameter {index!r}, and there are {len(ordered)}")
         slot = ordered[index]
-        marker = next((key for key in _KINDS if values.get(key) is not None), None)
-        if marker is None:
-            if any(value is not None for value in values.values()):
-                raise ConversionError(
-                    f"the optimizer keeps {', '.join(map(str, values))} of {slot.torch_name}: unknown"
-                )
+        if all(value is None for value in values.values()):
             continue
-        name, tensors = _KINDS[marker]
+        name = next((n for n, tensors in _TENSORS.items() if all(values.get(k) is not None for k in tensors)), None)
+        if name is None:
+            raise ConversionError(f"the optimizer keeps {', '.join(map(str, values))} of {slot.torch_name}: unknown")
         if entries.setdefault("optimizer", name) != name:
             raise ConversionError(f"the optimizer's state is of {entries['optimizer']} and {name} at once")
-        for there, here in tensors.items():
-            value = values.get(there)
-            if value is None or tuple(value.shape) != slot.torch_shape:
-                shape = None if value is None else list(value.shape)
+        for there, here in _TENSORS[name].items():
+            if values[there].shape != slot.torch_shape:
                 raise ConversionError(
-                    f"the optimizer's {there} of {slot.torch_name} has shape {shape}, not {list(slot.torch_shape)}"
+                    f"the optimizer's {there} of {slot.torch_name} has shape {list(values[there].shape)}, not "
+                    f"{list(slot.torch_shape)}"
                 )
-            entries[slot.name + here] = slot.from_torch(value)
+            entries[slot.name + here] = slot.from_torch(values[there])
         if name == "AdamW":
-            taken = int(np.asarray(values["step"]).item())
-            steps = max(steps, taken)
+            taken[slot.name] = int(np.asarray(values["step"]).item())
             for suffix, beta in zip(_POWERS, _betas(state)):
                 # Paddle keeps the power that the next step uses.
-                entries[slot.name + suffix] = np.array([beta ** (taken + 1)], np.float32)
+                entries[slot.name + suffix] = np.array([beta ** (taken[slot.name] + 1)], np.float32)
     if not entries:
         raise ConversionError("the optimizer has not taken a step yet")
-    return OptimizerState(entries, steps or None)
+    steps = max(taken.values(), default=None)
+    return OptimizerState(entries, steps, {name: steps - n for name, n in taken.items() if steps and n < steps})
 
 
 def _betas(state: Mapping[str, Any]) -> tuple[float, float]:
@@ -88,8 +89,8 @@ def _in_groups(state: Mapping[str, Any], parameters: Sequence[Slot]) -> list[Slo
                 raise ConversionError("the optimizer numbers its parameters in another order than the official code")
             return [slot for group in found for slot in group]
     raise ConversionError(
-        f"the optimizer has groups of {lengths} parameters, and the student {len(parameters)} parameters in the official "
-        f"groups of {[len(group) for group in grouped_parameters(parameters)]}"
+        f"the optimizer has groups of {lengths} parameters, and the student {len(parameters)} parameters in the "
+        f"official groups of {[len(group) for group in grouped_parameters(parameters)]}"
     )
 
 
@@ -104,9 +105,11 @@ def grouped_parameters(parameters: Sequence[Slot]) -> tuple[list[Slot], list[Slo
 def to_official(
     entries: Mapping[str, Any], parameters: Sequence[Slot], steps: int, origin: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The opposite of :func:`from_official`. ``origin``: the official ``param_groups``, where the run had such."""
+    """The opposite of :func:`from_official`. ``origin``: what only an official run knows, where it was one
+    (``param_groups``, ``steps_behind``, ``counts_in_int``).
+    """
     kind = str(entries.get("optimizer", "AdamW"))
-    suffixes = _WRITERS.get(kind)
+    suffixes = _TENSORS.get(kind)
     if suffixes is None:
         raise ConversionError(f"the optimizer {kind} has no counterpart in the official code")
     numbered = [slot for group in grouped_parameters(parameters) for slot in group]
@@ -117,7 +120,8 @@ def to_official(
             continue
         official = {there: slot.to_torch(np.asarray(value)) for there, value in values.items()}
         if kind == "AdamW":
-            taken = _steps_taken(entries, slot, steps)
+            behind = origin.get("steps_behind", {}).get(slot.name)
+            taken = _steps_taken(entries, slot, steps) if behind is None else steps - behind
             step = taken if origin.get("counts_in_int") else np.array(taken, np.float32)
             official = {"step": step, **official}
         state[number] = official
@@ -131,7 +135,7 @@ def _steps_taken(entries: Mapping[str, Any], slot: Slot, steps: int) -> int:
     if not 0 < power < 1:
         return steps
     counted = round(math.log(power) / math.log(_BETAS[1])) - 1
-    # The power is a float32 that was multiplied as often: its logarithm is sure to a thousandth only.
+    # A float32 that was multiplied so often is sure to a thousandth only.
     return steps if abs(counted - steps) <= 1e-3 * steps else counted
 
 

@@ -11,8 +11,7 @@ import numpy as np
 
 from passl.convert.atomic import replacing
 from passl.convert.lazy import Array, Lazy, checked_element, content
-from passl.convert.pickle_writer import Path as Keys
-from passl.convert.pickle_writer import PickleWriter, where
+from passl.convert.pickle_writer import Keys, PickleWriter, where
 
 _PARAMETER_NAMES = "StructuredToParameterName@@"
 # Paddle saves bfloat16 as its bits and so takes every uint16 for bfloat16; it has no wider unsigned types.

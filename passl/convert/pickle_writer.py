@@ -18,7 +18,7 @@ from passl.convert.lazy import Array, Lazy
 from passl.convert.limits import shown
 
 _MAX_DEPTH = 100
-Path = tuple[Any, ...]
+Keys = tuple[Any, ...]
 
 
 class PickleWriter(ABC):
@@ -32,10 +32,10 @@ class PickleWriter(ABC):
         self.write = write
 
     @abstractmethod
-    def array(self, value: Array, path: Path) -> None:
+    def array(self, value: Array, path: Keys) -> None:
         """Write the operations that leave an array."""
 
-    def other(self, value: Any, path: Path) -> None:
+    def other(self, value: Any, path: Keys) -> None:
         """Write anything that is neither plain data nor an array.
 
         Raises:
@@ -46,7 +46,7 @@ class PickleWriter(ABC):
             "dicts, lists, tuples and numpy arrays"
         )
 
-    def save(self, value: Any, path: Path = ()) -> None:
+    def save(self, value: Any, path: Keys = ()) -> None:
         """Write the operations that leave ``value``; ``path`` are the keys that lead to it.
 
         Raises:
@@ -82,7 +82,7 @@ class PickleWriter(ABC):
         self.name("collections", "OrderedDict")
         self.write(pickle.EMPTY_TUPLE + pickle.REDUCE)
 
-    def _save_dict(self, value: Mapping, path: Path) -> None:
+    def _save_dict(self, value: Mapping, path: Keys) -> None:
         if isinstance(value, OrderedDict):
             self.empty_ordered_dict()
         else:
@@ -93,13 +93,13 @@ class PickleWriter(ABC):
             self.save(item, (*path, key))
         self.write(pickle.SETITEMS)
 
-    def _save_items(self, items: Iterable[Any], path: Path, end: bytes) -> None:
+    def _save_items(self, items: Iterable[Any], path: Keys, end: bytes) -> None:
         self.write(pickle.MARK)
         for index, item in enumerate(items):
             self.save(item, (*path, index))
         self.write(end)
 
 
-def where(path: Path) -> str:
+def where(path: Keys) -> str:
     """The place in a value that keys lead to, for an error's text."""
     return "value" + "".join(f"[{shown(key)}]" for key in path)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import textwrap
 from collections.abc import Iterable, Sequence
@@ -62,9 +61,12 @@ class Report:
         if self.missing:
             problems.append(f"{len(self.missing)} missing for {what}: {_few(self.missing)}")
         if self.left_over:
+            keys = [key.split(".") for key in self.left_over]
+            shared = ".".join(keys[0][: min(_shared(keys[0], key) for key in keys)])
+            pattern = f"{shared}.*" if shared and len(keys) > 1 else self.left_over[0]
             problems.append(
                 f"{len(self.left_over)} left over that {what} has no place for: {_few(self.left_over)} (--allow "
-                f"'{self.left_over[0]}' leaves them out, patterns such as 'head.*' are understood)"
+                f"'{pattern}' leaves such out, --kind backbone asks for a backbone alone)"
             )
         if problems:
             raise ConversionError(f"{len(self.matched)} tensors matched, but " + "; ".join(problems))
@@ -101,11 +103,16 @@ def grouped(names: Iterable[str]) -> list[str]:
 def _renaming(there: str, here: str) -> str:
     """What changes in a name, without the parts at both ends that stay: ``student.module.* -> student.*``."""
     old, new = there.split("."), here.split(".")
-    tail = len(os.path.commonprefix([old[::-1], new[::-1]]))
-    head = min(len(os.path.commonprefix([old, new])), len(old) - tail, len(new) - tail)
+    tail = _shared(old[::-1], new[::-1])
+    head = min(_shared(old, new), len(old) - tail, len(new) - tail)
     middle = [".".join(parts[head : len(parts) - tail]) for parts in (old, new)]
     first, last = ["*"] * (head > 0), ["*"] * (tail > 0)
     return " -> ".join(".".join(filter(None, [*first, part, *last])) for part in middle)
+
+
+def _shared(one: Sequence[str], other: Sequence[str]) -> int:
+    """How many parts both start with."""
+    return next((index for index, (a, b) in enumerate(zip(one, other)) if a != b), min(len(one), len(other)))
 
 
 def _few(names: Sequence[str], limit: int = 12) -> str:

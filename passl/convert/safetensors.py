@@ -28,19 +28,20 @@ from passl.convert.storage import (
 # The official reader takes 100 MB, which Python would turn into gigabytes; 1000 tensors have 0.1 MB.
 _MAX_HEADER = 16 << 20
 _MAX_DIGITS = 19
+# In the order in which the official writer has the tensors.
 _TYPES = {
+    "U64": "uint64",
+    "I64": "int64",
     "F64": "float64",
     "F32": "float32",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "I64": "int64",
+    "U32": "uint32",
     "I32": "int32",
+    "BF16": "bfloat16",
+    "F16": "float16",
+    "U16": "uint16",
     "I16": "int16",
     "I8": "int8",
     "U8": "uint8",
-    "U16": "uint16",
-    "U32": "uint32",
-    "U64": "uint64",
     "BOOL": "bool",
 }
 _KINDS = {element: kind for kind, element in _TYPES.items()}
@@ -143,7 +144,7 @@ def save_safetensors(
 ) -> None:
     """Write a flat table name -> array (or :class:`Lazy` one) as a ``.safetensors`` file.
 
-    Tensors stand in the official writer's manner, large types first, then by name: each is aligned to its type, and
+    Tensors are in the official writer's order, by type, large ones first, then by name: each is aligned, and
     equal tables give equal bytes in whatever order they are. Arrays are written one after the other; the file replaces
     what is at ``path`` when it is whole. ``metadata`` is text for the header (``{"format": "pt"}`` where Hugging Face's
     tools are to read the file).
@@ -158,7 +159,7 @@ def save_safetensors(
             raise ValueError(f"metadata ({dict(metadata)!r}) of a .safetensors file must be text -> text")
         header["__metadata__"] = dict(sorted(metadata.items()))
     kinds = {name: _kind(name, value) for name, value in state.items()}
-    names = sorted(state, key=lambda name: (-ELEMENTS[_TYPES[kinds[name]]].raw.itemsize, name))
+    names = sorted(state, key=lambda name: (list(_TYPES).index(kinds[name]), name))
     end = 0
     for name in names:
         start, end = end, end + byte_size(ELEMENTS[_TYPES[kinds[name]]], state[name].shape)

@@ -15,14 +15,14 @@ import numpy as np
 from passl.convert.atomic import replacing
 from passl.convert.lazy import Array, checked_element, content
 from passl.convert.pickle_globals import STORAGES
-from passl.convert.pickle_writer import Path as Keys
-from passl.convert.pickle_writer import PickleWriter, where
+from passl.convert.pickle_writer import Keys, PickleWriter, where
 from passl.convert.storage import contiguous_strides
 
 # The name that torch.save gives when it does not know the file's: equal values make equal files, whatever their names.
 _ROOT = "archive"
 _ALIGNMENT = 64
 _ZIP64_SIZE = 1 << 31
+_HEADER_SIZE, _ZIP64_FIELD_SIZE = 30, 20
 _STORAGE_OF = {element: name for name, element in STORAGES.items() if name != "UntypedStorage"}
 
 
@@ -59,7 +59,8 @@ def _add(archive: zipfile.ZipFile, file: BinaryIO, name: str, data: np.ndarray) 
     """Add an uncompressed member that starts at a multiple of 64 bytes, so that a reader can map it."""
     member = zipfile.ZipInfo(f"{_ROOT}/{name}")
     wide = data.size >= _ZIP64_SIZE
-    padding = -(file.tell() + len(member.FileHeader(wide)) + 4) % _ALIGNMENT
+    start = file.tell() + _HEADER_SIZE + len(member.filename) + (_ZIP64_FIELD_SIZE if wide else 0) + 4
+    padding = -start % _ALIGNMENT
     member.extra = b"FB" + padding.to_bytes(2, "little") + b"Z" * padding
     with archive.open(member, "w", force_zip64=wide) as stream:
         stream.write(data)

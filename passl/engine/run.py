@@ -4,32 +4,25 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Optional
 
 import paddle
-from paddle import nn
 
 from passl import checkpoint, distributed, log
 from passl.checkpoint import CheckpointError, CheckpointStore
 from passl.config import Config, ConfigError, check, to_yaml
-from passl.data.loader import Loader
-from passl.engine import build
+from passl.engine import build, start
 from passl.engine.hooks import CheckpointHook, EvaluationHook, LogHook
-from passl.engine.optim import Optimizer
 from passl.engine.passl_config import translate
+from passl.engine.plugins import load_plugins
 from passl.engine.settings import GlobalSettings, schema
 from passl.engine.trainer import Hook, Trainer
 from passl.evaluators import Evaluator, evaluate
 from passl.models import cpu
-from passl.models.method import Method
 from passl.schedules import Timeline
-from passl.yaml_io import parse
 
 logger = logging.getLogger("passl")
-
-_MAY_DIFFER = {f"Global.{key}" for key in ("checkpoint", "pretrained_model", "output_dir", "name", "max_train_step")}
 
 
 def checked(config: Config, training: bool) -> Config:
@@ -38,6 +31,7 @@ def checked(config: Config, training: bool) -> Config:
     Raises:
         ConfigError: with all problems.
     """
+    load_plugins(config)
     config, problems = translate(config, training)
     try:
         check(config, schema(training))
@@ -56,7 +50,7 @@ def train(config: Config, source: Config) -> Trainer:
         if value is not None and value < lowest:
             raise ConfigError([f"Global.{key} ({value}) must be at least {lowest}"])
     log.setup(quiet=not distributed.is_main())
-    _start(settings)
+    set_up(settings)
     try:
         trainer, store, resumed = _prepare(config, source, settings)
     except (ConfigError, CheckpointError):
@@ -90,13 +84,13 @@ def _prepare(
     }
     hooks = _hooks(settings, line, evaluators, store, description)
     schedules = build.schedules(config, line)
-    resumed = _resume_prefix(settings, store)
+    resumed = start.resume_prefix(settings, store)
     states = None
     if resumed is None:
-        _load_start(settings, method)
+        start.load_start(settings, method)
     else:
-        states = _resume(resumed, method, optimizer, _identity(loader, line, settings.seed))
-        _warn_of_changes(states, source)
+        states = start.resume(resumed, method, optimizer, start.identity_of(loader, line, settings.seed))
+        start.warn_of_changes(states, source)
     starts = distributed.gather_objects(states["step"] if states else 0)
     if len(set(starts)) > 1:
         raise CheckpointError(f"processes would go on at steps {starts}: all nodes must share {store.folder}")
@@ -145,14 +139,14 @@ def _folder(config: Config, settings: GlobalSettings) -> Path:
 def evaluate_config(config: Config, source: Config) -> dict[str, float]:
     """Run the evaluators of a checked configuration on its model; writes and returns their numbers."""
     settings = build.global_settings(config)
-    _start(settings)
+    set_up(settings)
     folder = _folder(config, settings)
     log.setup(folder / "eval.log" if distributed.is_main() else None, quiet=not distributed.is_main())
     paddle.seed(settings.seed)
     model = build.model(config)
     is_whole = True
     if settings.pretrained_model:
-        is_whole = _load_pretrained(settings, model)
+        is_whole = start.load_pretrained(settings, model)
     else:
         logger.warning("Global.pretrained_model is not given: evaluating an untrained %s", type(model).__name__)
     found = build.evaluators(config, model)
@@ -180,7 +174,7 @@ def evaluate_config(config: Config, source: Config) -> dict[str, float]:
     return results
 
 
-def _start(settings: GlobalSettings) -> None:
+def set_up(settings: GlobalSettings) -> None:
     """Device, flags and process group, before the first tensor."""
     gpu = paddle.is_compiled_with_cuda() and paddle.device.cuda.device_count() > 0
     device = settings.device
@@ -209,103 +203,6 @@ def _set_flag(name: str, value: Any) -> None:
             return
         reason = str(error).splitlines()[0]
         raise ConfigError([f"Global.flags.{name}={value!r}: this Paddle refuses it ({reason})"]) from error
-
-
-def _load_start(settings: GlobalSettings, method: Method) -> None:
-    """Pre-trained weights, or scratch."""
-    if settings.pretrained_model:
-        _load_pretrained(settings, method)
-    elif method.needs_pretrained:
-        logger.warning(
-            "Global.pretrained_model is not given: %s trains on an untrained backbone", type(method).__name__
-        )
-
-
-def _identity(loader: Loader, line: Timeline, seed: int) -> dict[str, int]:
-    """What must be the same for a run to be the same: with another value its batches are others."""
-    return {
-        "steps_per_epoch": line.steps_per_epoch,
-        "global_batch_size": line.global_batch_size,
-        "length": len(loader.dataset),
-        "seed": seed,
-    }
-
-
-def _resume(prefix: Path, method: Method, optimizer: Optimizer, identity: Mapping[str, int]) -> dict[str, Any]:
-    """Method and optimizer as they were saved under ``prefix``; returns the states saved with them."""
-    states = checkpoint.read_states(prefix)
-    unknown = [key for key in (*identity, "epoch", "scaler", "progress", "config") if key not in states]
-    if unknown:
-        raise CheckpointError(f"{prefix}{checkpoint.STATES}: not of a passl run: it has no {', '.join(unknown)}")
-    for key, value in identity.items():
-        if states[key] != value:
-            raise CheckpointError(
-                f"{prefix}: saved with {key} {states[key]}, this run has {value}: it would not be the same run. "
-                "Use the same data, batch, processes and seed, or start anew with -o Global.pretrained_model="
-                f"{prefix} and -o Global.checkpoint=null"
-            )
-    checkpoint.load_weights(method, checkpoint.read_weights(prefix), f"{prefix}{checkpoint.PARAMS}")
-    optimizer.load_state_dict(checkpoint.read(checkpoint.with_suffix(prefix, checkpoint.OPTIMIZER)))
-    logger.info("resuming %s at step %d (epoch %d)", prefix, states["step"], states["epoch"] + 1)
-    return states
-
-
-def _warn_of_changes(states: Mapping[str, Any], source: Config) -> None:
-    changed = differences(parse(states["config"], "the checkpoint's configuration"), source)
-    if changed:
-        logger.warning("the configuration differs from that of the checkpoint: %s", "; ".join(changed))
-
-
-def differences(old: Any, new: Any, key: str = "") -> list[str]:
-    """``a.b: old -> new`` for every value that differs, apart from what says where a run begins, ends and is kept."""
-    if key in _MAY_DIFFER:
-        return []
-    if isinstance(old, Mapping) and isinstance(new, Mapping):
-        names = list(dict.fromkeys([*old, *new]))
-        parts = [differences(old.get(n), new.get(n), f"{key}.{n}".lstrip(".")) for n in names]
-        return [line for part in parts for line in part]
-    return [] if old == new else [f"{key}: {old!r} -> {new!r}"]
-
-
-def _resume_prefix(settings: GlobalSettings, store: CheckpointStore) -> Optional[Path]:
-    if settings.checkpoint is None:
-        return None
-    if settings.checkpoint == "auto":
-        prefix = store.newest_intact()
-        if prefix is None:
-            logger.info("Global.checkpoint=auto: no checkpoint in %s, starting anew", store.folder)
-        return prefix
-    prefix = checkpoint.with_suffix(settings.checkpoint, "")
-    try:
-        checkpoint.read_states(prefix)
-    except CheckpointError as error:
-        # A crash between two renames leaves `latest` mixed; the set that it was to point at is still there.
-        whole = (
-            CheckpointStore(prefix.parent).newest_intact()
-            if prefix.name == "latest" and prefix.parent.is_dir()
-            else None
-        )
-        if whole is None:
-            raise
-        logger.warning("%s; falling back to %s", error, whole)
-        return whole
-    return prefix
-
-
-def _load_pretrained(settings: GlobalSettings, model: nn.Layer) -> bool:
-    """Weights of a whole method, of a backbone, or of a run that holds one, into ``model``; True for a whole method."""
-    source = checkpoint.with_suffix(settings.pretrained_model, checkpoint.PARAMS)
-    state = checkpoint.read_weights(source)
-    wants_student = settings.checkpoint_key == "student" and any(key.startswith("student.") for key in state)
-    is_whole = isinstance(model, Method) and set(state) == set(model.state_dict()) and not wants_student
-    if is_whole:
-        report = checkpoint.load_weights(model, state, source)
-    else:
-        state = checkpoint.backbone_state(state, settings.checkpoint_key)
-        for layer in model.pretrained_layers() if isinstance(model, Method) else [model]:
-            report = checkpoint.load_weights(layer, state, source)
-    logger.info("%s: %s", source, report)
-    return is_whole
 
 
 def _open_folder(store: CheckpointStore, source: Config, resumed: Optional[Path], step: int) -> None:

@@ -27,7 +27,7 @@ class GlobalSettings:
     epochs: int = 100
     max_train_step: Optional[int] = None  # stop after so many steps; the schedules still follow `epochs`
     accum_steps: int = 1
-    pretrained_model: Optional[str] = None  # prefix or .pdparams file
+    pretrained_model: Optional[str] = None  # prefix, .pdparams, .pth or .safetensors file
     checkpoint_key: Literal["teacher", "student"] = "teacher"  # whose backbone to take from a pre-training run
     checkpoint: Optional[str] = None  # "auto" or a prefix: go on with that run
     save_interval: Union[int, float, str] = 1
@@ -38,6 +38,7 @@ class GlobalSettings:
     print_batch_step: int = 10
     use_visualdl: bool = True
     flags: dict[str, Any] = field(default_factory=dict)  # paddle.set_flags
+    plugins: list[str] = field(default_factory=list)  # files (.py) or modules that register components of the user's
 
 
 @dataclass
@@ -57,15 +58,7 @@ class LoaderSettings:
     use_shared_memory: bool = True
 
 
-def _union(kind: str, *registries: Registry) -> Registry:
-    union = Registry(kind)
-    for registry in registries:
-        for name in registry.names():
-            union.register(name)(registry.get(name))
-    return union
-
-
-MODELS = _union("model", METHODS, BACKBONES)
+MODELS = Registry.union("model", METHODS, BACKBONES)
 
 
 def _data(required: bool) -> Any:

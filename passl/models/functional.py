@@ -1,8 +1,8 @@
 """Operations whose Paddle kernels are slow on a CPU: the same values and gradients by faster means.
 
 Elsewhere than in eager mode on a CPU each function is Paddle's own. What is slow there, in 2.6 and in 3.3: sums over
-rows (a matrix product with ones is 25 times faster), with them the gradients of biases and of LayerNorm; log_softmax
-and logsumexp over many classes; norms of large matrices; and the patch convolution.
+rows (a matrix product with ones is 25 times faster), with them the gradients of biases, scales and LayerNorm;
+log_softmax and logsumexp over many classes; norms of large matrices; and the patch convolution.
 """
 
 from __future__ import annotations
@@ -38,6 +38,11 @@ def linear(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
     return F.linear(x, weight, bias)
 
 
+def scale(x: Tensor, factors: Tensor) -> Tensor:
+    """One factor per channel. x: [..., D], factors: [D] -> [..., D]"""
+    return _Scale.apply(x, factors) if on_cpu(x) else x * factors
+
+
 def patch_embed(images: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """A convolution whose stride is its size P. [B, C, H, W], weight: [D, C, P, P], bias: [D] -> [B, H/P * W/P, D]"""
     patch_size = weight.shape[-1]
@@ -67,7 +72,7 @@ def attention_weights(query: Tensor, key: Tensor, mask: Optional[Tensor] = None)
     scores = paddle.matmul(query, key.transpose([0, 2, 1, 3]), transpose_y=True)
     if mask is not None:
         if mask.shape != key.shape[:2]:
-            raise ValueError(f"mask ({mask.shape}) must be [images, tokens], here {key.shape[:2]}")
+            raise ValueError(f"mask ({list(mask.shape)}) must be [images, tokens], here {list(key.shape[:2])}")
         ignored = (mask == 0).unsqueeze([1, 2]).expand_as(scores)
         scores = paddle.where(ignored, paddle.full_like(scores, -math.inf), scores)
     return F.softmax(scores, axis=-1)
@@ -145,6 +150,20 @@ class _Linear(_Function):
         grad_x = paddle.matmul(gradient, weight, transpose_y=True) if ctx.needed[0] else None
         grad_weight = paddle.matmul(x.reshape([-1, in_dim]), rows, transpose_x=True) if ctx.needed[1] else None
         return _Function.gradients(ctx, grad_x, grad_weight, sum_rows(rows))
+
+
+class _Scale(_Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, factors: Tensor) -> Tensor:
+        ctx.save_for_backward(x, factors)
+        _Function.remember(ctx, x, factors)
+        return x * factors
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple:
+        x, factors = ctx.saved_tensor()
+        grad_factors = sum_rows((gradient * x).reshape([-1, factors.shape[0]]))
+        return _Function.gradients(ctx, gradient * factors, grad_factors)
 
 
 class _LayerNorm(_Function):

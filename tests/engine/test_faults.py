@@ -6,7 +6,7 @@ import pytest
 
 from passl import checkpoint
 from passl.config import Config
-from passl.engine.run import differences
+from passl.engine.start import differences
 from tests.engine import tiny
 
 

@@ -5,8 +5,16 @@ import paddle
 import paddle.nn.functional as F
 import pytest
 
-from passl.models import ResNet, VisionTransformer, XCiT, functional
+from passl.models import RegionTransformer, ResNet, VisionTransformer, XCiT, functional
 from tests.models.weights import assert_close
+
+DINOV2 = {
+    "num_register_tokens": 2,
+    "layer_scale": 1.0,
+    "ffn": "swiglu",
+    "mask_token": True,
+    "pos_embed_mode": "antialias",
+}
 
 
 def check(ours, theirs, shapes, trainable=None, tolerance=1e-10) -> None:
@@ -54,6 +62,22 @@ def test_layer_norm(shape, trainable, scale, offset):
         [shape, shape[-1:], shape[-1:]],
         [bool(flag) for flag in trainable],
     )
+
+
+@pytest.mark.parametrize("trainable", [(1, 1), (0, 1), (1, 0)])
+def test_scale(trainable):
+    check(functional.scale, lambda x, f: x * f, [[2, 3, 5], [5]], [bool(flag) for flag in trainable])
+
+
+def test_attention_mask():
+    """Equals attention among the tokens that are left, for values and gradients."""
+    left = [0, 2, 3]
+
+    def among_the_left(query, key, value):
+        return functional.attention(query, key[:, left], value[:, left])
+
+    mask = paddle.to_tensor([[1, 0, 1, 1, 0]] * 2)
+    check(lambda q, k, v: functional.attention(q, k, v, mask), among_the_left, [[2, 5, 3, 4]] * 3)
 
 
 def test_patch_embed():
@@ -105,10 +129,12 @@ def test_normalize_zeros():
     ("build", "size"),
     [
         (lambda: VisionTransformer(16, 8, embed_dim=6, depth=2, num_heads=2), (16, 24)),
+        (lambda: VisionTransformer(16, 8, embed_dim=6, depth=2, num_heads=2, **DINOV2), (16, 24)),
+        (lambda: RegionTransformer(3, embed_dim=6, depth=2, num_heads=2), (16, 24)),
         (lambda: XCiT(8, embed_dim=8, depth=1, num_heads=2), (16, 24)),
         (lambda: ResNet((1, 1, 1, 1), width=4), (None, None)),
     ],
-    ids=["VisionTransformer", "XCiT", "ResNet"],
+    ids=["VisionTransformer", "DINOv2", "RegionTransformer", "XCiT", "ResNet"],
 )
 def test_networks_can_be_exported(tmp_path, build, size):
     """Traced programs hold Paddle's own operations, and any number of images; convnets take any size."""

@@ -144,6 +144,27 @@ def test_gradients_reach_everything(bottleneck):
 
 
 @pytest.mark.smoke
+def test_classifier():
+    """As torchvision's: `fc`, initialised as PyTorch's Linear, after the features."""
+    paddle.seed(0)
+    model = tiny(num_classes=1000)
+    features = tiny()
+    state = model.state_dict()
+    assert list(state)[-2:] == ["fc.weight", "fc.bias"]
+    features.set_state_dict({name: state[name] for name in features.state_dict()})
+    bound = model.embed_dim**-0.5
+    assert state["fc.weight"].shape == [model.embed_dim, 1000]
+    for name in ("fc.weight", "fc.bias"):
+        assert 0.98 * bound < state[name].abs().max().item() <= bound
+        assert abs(state[name].numpy().std() / bound - 3**-0.5) < 0.03
+    model.eval()
+    features.eval()
+    x = paddle.randn([2, 3, 32, 32])
+    expected = features(x).numpy() @ state["fc.weight"].numpy() + state["fc.bias"].numpy()
+    assert_close(model(x), expected, 1e-5)
+
+
+@pytest.mark.smoke
 def test_batch_norm(float64):
     """Running statistics by PyTorch's rule (unbiased variance); in eval mode they are used and stay."""
     # Not closer than 1e-10: the kernel's epsilon is a float32.
@@ -207,6 +228,8 @@ def test_wrong_arguments():
         ResNet(depths=(3, 4, 6))
     with pytest.raises(ValueError, match=r"depths \(\[1, 0, 1, 1\]\) must be"):
         ResNet(depths=(1, 0, 1, 1))
+    with pytest.raises(ValueError, match=r"num_classes \(-1\) must be at least 0, which means no classifier"):
+        ResNet(num_classes=-1)
     with pytest.raises(ValueError, match=r"width \(0\) must be at least 1"):
         ResNet(width=0)
     with pytest.raises(ValueError, match="batch norm needs at least 2 values per channel in training, got 1"):
