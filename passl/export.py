@@ -343,5 +343,9 @@ def comparison_table(meta: Meta) -> str:
     for row in meta.comparison:
         numbers = "".join(f"{row['difference'][name]:>16.1e}" for name in meta.outputs)
         lines.append(f"{row['engine']:<20}{' x '.join(map(str, row['shape'])):<20}{numbers}")
-    largest = "".join(f"{max(row['largest'][name] for row in meta.comparison):>16.1e}" for name in meta.outputs)
-    return "\n".join([*lines, f"{'largest value':<40}{largest}"])
+    largest = [max(row["largest"][name] for row in meta.comparison) for name in meta.outputs]
+    differences = [max(row["difference"][name] for row in meta.comparison) for name in meta.outputs]
+    relative = [difference / (value or 1.0) for difference, value in zip(differences, largest)]
+    for title, values in (("largest value", largest), ("largest difference, relative to it", relative)):
+        lines.append(f"{title:<40}" + "".join(f"{value:>16.1e}" for value in values))
+    return "\n".join(lines)
