@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections import ChainMap
+from collections.abc import Iterable, MutableMapping
 from typing import Callable, TypeVar
 
 Builder = TypeVar("Builder", bound=Callable)
@@ -27,7 +28,7 @@ class Registry:
 
     def __init__(self, kind: str):
         self.kind = kind
-        self._builders: dict[str, Callable] = {}
+        self._builders: MutableMapping[str, Callable] = {}
 
     def register(self, *names: str) -> Callable[[Builder], Builder]:
         """Decorator that adds a builder under `names` (default: its own `__name__`).
@@ -58,6 +59,13 @@ class Registry:
         if name not in self._builders:
             raise ValueError(f"unknown {self.kind} '{name}'. {did_you_mean(str(name), self._builders)}")
         return self._builders[name]
+
+    @classmethod
+    def union(cls, kind: str, *registries: Registry) -> Registry:
+        """What is in any of `registries`, also if it is registered later; of equal names the first counts."""
+        union = cls(kind)
+        union._builders = ChainMap(*(registry._builders for registry in registries))
+        return union
 
     def names(self) -> list[str]:
         """All registered names, sorted."""

@@ -17,7 +17,7 @@ PASSL = Path(__file__).parent.parent / "passl"
 FLOORS = (
     ("__init__", "registry", "yaml_io", "schema", "config", "schedules", "distributed", "download", "log"),
     ("data", "models"),
-    ("checkpoint",),
+    ("checkpoint", "exported"),
     ("evaluators", "visualize", "convert", "export", "predict"),
     ("hub",),
     ("engine",),

@@ -23,12 +23,21 @@ def new_parser(name: str, description: str) -> argparse.ArgumentParser:
     return parser
 
 
+def image_size(text: str) -> tuple[int, int]:
+    """The type of --image-size."""
+    sides = text.split("x")
+    if len(sides) > 2 or not all(side.isdecimal() and int(side) > 0 for side in sides):
+        raise argparse.ArgumentTypeError(f"{text!r} must be a side such as 224, heightxwidth such as 480x640")
+    return int(sides[0]), int(sides[-1])
+
+
 def guarded(function: object, *arguments: object) -> None:
     """Run to the end; an error of the user's gets its message alone, any other its traceback."""
     from passl.checkpoint import CheckpointError
     from passl.config import ConfigError
     from passl.data.loader import BadSamplesError
     from passl.engine.trainer import NonFiniteLossError
+    from passl.exported import ExportError
 
     try:
         try:
@@ -38,7 +47,7 @@ def guarded(function: object, *arguments: object) -> None:
             raise
     except ConfigError as error:
         stop(error, CONFIG_ERROR)
-    except (CheckpointError, BadSamplesError, NonFiniteLossError, OSError) as error:
+    except (CheckpointError, BadSamplesError, ExportError, NonFiniteLossError, OSError) as error:
         stop(error, RUN_ERROR)
 
 

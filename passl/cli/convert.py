@@ -122,5 +122,5 @@ def _verify(options: argparse.Namespace, written: Any) -> None:
     from passl.convert.verify import verify
 
     recorded = None if options.verify is True else options.verify
-    for line in verify(options.source, written.conversion, recorded):
+    for line in verify(options.source, written.conversion, recorded, options.backbone):
         print(f"  {line}")

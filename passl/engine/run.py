@@ -15,6 +15,7 @@ from passl.config import Config, ConfigError, check, to_yaml
 from passl.engine import build, start
 from passl.engine.hooks import CheckpointHook, EvaluationHook, LogHook
 from passl.engine.passl_config import translate
+from passl.engine.plugins import load_plugins
 from passl.engine.settings import GlobalSettings, schema
 from passl.engine.trainer import Hook, Trainer
 from passl.evaluators import Evaluator, evaluate
@@ -30,6 +31,7 @@ def checked(config: Config, training: bool) -> Config:
     Raises:
         ConfigError: with all problems.
     """
+    load_plugins(config)
     config, problems = translate(config, training)
     try:
         check(config, schema(training))
@@ -48,7 +50,7 @@ def train(config: Config, source: Config) -> Trainer:
         if value is not None and value < lowest:
             raise ConfigError([f"Global.{key} ({value}) must be at least {lowest}"])
     log.setup(quiet=not distributed.is_main())
-    _set_up(settings)
+    set_up(settings)
     try:
         trainer, store, resumed = _prepare(config, source, settings)
     except (ConfigError, CheckpointError):
@@ -137,7 +139,7 @@ def _folder(config: Config, settings: GlobalSettings) -> Path:
 def evaluate_config(config: Config, source: Config) -> dict[str, float]:
     """Run the evaluators of a checked configuration on its model; writes and returns their numbers."""
     settings = build.global_settings(config)
-    _set_up(settings)
+    set_up(settings)
     folder = _folder(config, settings)
     log.setup(folder / "eval.log" if distributed.is_main() else None, quiet=not distributed.is_main())
     paddle.seed(settings.seed)
@@ -172,7 +174,7 @@ def evaluate_config(config: Config, source: Config) -> dict[str, float]:
     return results
 
 
-def _set_up(settings: GlobalSettings) -> None:
+def set_up(settings: GlobalSettings) -> None:
     """Device, flags and process group, before the first tensor."""
     gpu = paddle.is_compiled_with_cuda() and paddle.device.cuda.device_count() > 0
     device = settings.device

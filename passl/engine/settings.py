@@ -38,6 +38,7 @@ class GlobalSettings:
     print_batch_step: int = 10
     use_visualdl: bool = True
     flags: dict[str, Any] = field(default_factory=dict)  # paddle.set_flags
+    plugins: list[str] = field(default_factory=list)  # files (.py) or modules that register components of the user's
 
 
 @dataclass
@@ -57,15 +58,7 @@ class LoaderSettings:
     use_shared_memory: bool = True
 
 
-def _union(kind: str, *registries: Registry) -> Registry:
-    union = Registry(kind)
-    for registry in registries:
-        for name in registry.names():
-            union.register(name)(registry.get(name))
-    return union
-
-
-MODELS = _union("model", METHODS, BACKBONES)
+MODELS = Registry.union("model", METHODS, BACKBONES)
 
 
 def _data(required: bool) -> Any:

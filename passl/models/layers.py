@@ -35,6 +35,14 @@ def check_positive(**sizes: int) -> None:
             raise ValueError(f"{name} ({size}) must be at least 1")
 
 
+def check_image_size(height: int, width: int, patch_size: int) -> None:
+    """Raises ValueError for sides in pixels that patches do not fill. Those that a program which is being exported does
+    not know yet (tensors) pass.
+    """
+    if isinstance(height, int) and isinstance(width, int) and (height % patch_size or width % patch_size):
+        raise ValueError(f"image height and width ({height} x {width}) must be multiples of patch_size ({patch_size})")
+
+
 class Linear(nn.Linear):
     """A linear layer as transformers and heads begin with: N(0, init_std), bias 0. [..., in] -> [..., out]"""
 

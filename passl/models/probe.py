@@ -110,6 +110,13 @@ class LinearProbe(Method):
             parts[-1] = pair.reshape([images.shape[0], -1])
         return paddle.concat(parts, axis=-1)
 
+    def backbone_output(self, features: Tensor) -> Tensor:
+        """The backbone's own output, [B, D], which is a part of `features`."""
+        dim = self.backbone.embed_dim
+        if self._has_blocks and self.avgpool:
+            return features[:, -2 * dim :].reshape([-1, dim, 2])[:, :, 0]
+        return features[:, -dim:]
+
 
 def _check_num_blocks(n_last_blocks: int, backbone: nn.Layer) -> None:
     depth = len(backbone.blocks) if hasattr(backbone, "blocks") else None

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import functools
-from typing import Literal
 
 from paddle import Tensor, nn
 
 from passl.models.layers import INIT_STD, Linear, check_positive
+from passl.models.positions import Mode
 from passl.models.vision_transformer import Block, TokenTransformer
 from passl.registry import BACKBONES
 
@@ -35,7 +35,7 @@ class RegionTransformer(TokenTransformer):
         qkv_bias: bool = True,
         drop_path_rate: float = 0.0,
         epsilon: float = 1e-6,
-        pos_embed_mode: Literal["scale", "size", "antialias"] = "size",
+        pos_embed_mode: Mode = "size",
         init_std: float = INIT_STD,
     ) -> None:
         super().__init__()

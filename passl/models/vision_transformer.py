@@ -21,9 +21,11 @@ from passl.models.layers import (
     Linear,
     Mlp,
     SwiGLU,
+    check_image_size,
     check_positive,
     torch_uniform,
 )
+from passl.models.positions import MODES, Mode, resize_matrix, symbolic_resize_matrices
 from passl.registry import BACKBONES
 
 
@@ -104,11 +106,7 @@ class PatchEmbed(nn.Layer):
         )
 
     def forward(self, images: Tensor) -> Tensor:
-        height, width = images.shape[-2:]
-        if height % self.patch_size or width % self.patch_size:
-            raise ValueError(
-                f"image height and width ({height} x {width}) must be multiples of patch_size ({self.patch_size})"
-            )
+        check_image_size(*images.shape[-2:], self.patch_size)
         return functional.patch_embed(images, self.proj.weight, self.proj.bias)
 
 
@@ -138,8 +136,8 @@ class TokenTransformer(nn.Layer):
     ) -> None:
         """Everything behind the embedding. Not the constructor: in the official order of names that comes later."""
         check_positive(depth=depth, grid_size=grid_size)
-        if pos_embed_mode not in ("scale", "size", "antialias"):
-            raise ValueError(f"pos_embed_mode ({pos_embed_mode!r}) must be 'scale', 'size' or 'antialias'")
+        if pos_embed_mode not in MODES:
+            raise ValueError(f"pos_embed_mode ({pos_embed_mode!r}) must be one of {', '.join(MODES)}")
         if num_register_tokens < 0:
             raise ValueError(f"num_register_tokens ({num_register_tokens}) must be at least 0")
         self.embed_dim = embed_dim
@@ -200,64 +198,30 @@ class TokenTransformer(nn.Layer):
             return x
         return paddle.concat([x[:, :1], x[:, self.num_prefix_tokens :]], axis=1)
 
+    @paddle.jit.not_to_static  # its branches are on Python's ints, also in a program
     def interpolate_pos_encoding(self, height: int, width: int) -> Tensor:
-        """Position embeddings for an image of height x width pixels: [1, 1+N, D]."""
+        """Position embeddings for an image of height x width pixels: [1, 1+N, D].
+
+        In a program that is exported for any size these two are tensors.
+        """
         rows, columns = height // self.patch_size, width // self.patch_size
         side = self._grid_side
-        if rows == columns == side:
+        if isinstance(rows, int) and rows == columns == side:
             return self.pos_embed
-        row_weights = self._resize_matrix(rows)
-        column_weights = self._resize_matrix(columns)
+        row_weights, column_weights = self._resize_matrices(rows, columns)
         grid = self.pos_embed[0, 1:].reshape([side, side * self.embed_dim])
-        grid = paddle.matmul(row_weights, grid).reshape([rows, side, self.embed_dim])
-        grid = paddle.matmul(column_weights, grid).reshape([1, rows * columns, self.embed_dim])
+        grid = paddle.matmul(row_weights, grid).reshape([-1, side, self.embed_dim])
+        grid = paddle.matmul(column_weights, grid).reshape([1, -1, self.embed_dim])
         return paddle.concat([self.pos_embed[:, :1], grid], axis=1)
 
-    def _resize_matrix(self, size: int) -> Tensor:
-        side = self._grid_side
-        dtype = np.float64 if self.pos_embed.dtype == paddle.float64 else np.float32
-        if self.pos_embed_mode == "antialias":
-            matrix = _antialias_matrix(side, size, dtype)
-        else:
-            # The official offset of 0.1 was to guard the size against rounding down, but it changes the scale too.
-            scale = (size + 0.1) / side if self.pos_embed_mode == "scale" else size / side
-            matrix = _bicubic_matrix(side, size, scale, dtype)
-        return paddle.to_tensor(matrix).astype(self.pos_embed.dtype)
-
-
-def _bicubic_matrix(in_size: int, out_size: int, scale: float, dtype: type) -> np.ndarray:
-    """Bicubic interpolation (A = -0.75, borders repeated, no antialias) along one axis, as a matrix [out, in].
-
-    A matrix, because F.interpolate rounds the scale to float32 even in float64. dtype: the precision of the
-    coordinates; PyTorch computes those of float32 tensors in float32, with one rounding (fused multiply-add).
-    """
-    center = (dtype(1.0 / scale) * (np.arange(out_size) + 0.5) - 0.5).astype(dtype).astype(np.float64)
-    matrix = np.zeros([out_size, in_size])
-    for offset in (-1, 0, 1, 2):
-        index = np.floor(center) + offset
-        distance = np.abs(center - index)
-        source = np.clip(index, 0, in_size - 1).astype(np.int64)
-        np.add.at(matrix, (np.arange(out_size), source), _cubic(distance, -0.75))
-    return matrix
-
-
-def _antialias_matrix(in_size: int, out_size: int, dtype: type) -> np.ndarray:
-    """Antialiased bicubic interpolation (A = -0.5, as Pillow's) along one axis, as a matrix [out, in].
-
-    The filter widens when the axis shrinks, and is cut off and normalised again at the borders. dtype: see above.
-    """
-    scale = dtype(in_size / out_size)
-    center = (scale * (np.arange(out_size) + 0.5)).astype(dtype).astype(np.float64)
-    distance = np.abs(np.arange(in_size) + 0.5 - center[:, None]) / max(scale, 1.0)
-    matrix = _cubic(distance, -0.5)
-    return matrix / matrix.sum(1, keepdims=True)
-
-
-def _cubic(distance: np.ndarray, a: float) -> np.ndarray:
-    """The weight of a point at this distance (>= 0) in cubic convolution (Keys 1981); a: slope at distance 1."""
-    near = ((a + 2.0) * distance - (a + 3.0)) * distance**2 + 1.0
-    far = a * (((distance - 5.0) * distance + 8.0) * distance - 4.0)
-    return np.where(distance <= 1.0, near, np.where(distance < 2.0, far, 0.0))
+    def _resize_matrices(self, rows: int, columns: int) -> list[Tensor]:
+        """[rows, side] and [columns, side]"""
+        mode, side, dtype = self.pos_embed_mode, self._grid_side, self.pos_embed.dtype
+        if not (isinstance(rows, int) and isinstance(columns, int)):
+            return [matrix.astype(dtype) for matrix in symbolic_resize_matrices(mode, side, rows, columns)]
+        precision = np.float64 if dtype == paddle.float64 else np.float32
+        matrices = [resize_matrix(mode, side, size, precision) for size in (rows, columns)]
+        return [paddle.to_tensor(matrix).astype(dtype) for matrix in matrices]
 
 
 @BACKBONES.register()
@@ -287,7 +251,7 @@ class VisionTransformer(TokenTransformer):
         qkv_bias: bool = True,
         drop_path_rate: float = 0.0,
         epsilon: float = 1e-6,
-        pos_embed_mode: Literal["scale", "size", "antialias"] = "scale",
+        pos_embed_mode: Mode = "scale",
         init_std: float = INIT_STD,
         num_register_tokens: int = 0,
         layer_scale: Optional[float] = None,
@@ -328,7 +292,7 @@ def vit_tiny(
     img_size: int = 224,
     in_chans: int = 3,
     drop_path_rate: float = 0.0,
-    pos_embed_mode: Literal["scale", "size", "antialias"] = "scale",
+    pos_embed_mode: Mode = "scale",
 ) -> VisionTransformer:
     """ViT-Ti: 192 wide, 12 blocks, 3 heads, 5.5 M parameters."""
     return VisionTransformer(
@@ -342,7 +306,7 @@ def vit_small(
     img_size: int = 224,
     in_chans: int = 3,
     drop_path_rate: float = 0.0,
-    pos_embed_mode: Literal["scale", "size", "antialias"] = "scale",
+    pos_embed_mode: Mode = "scale",
 ) -> VisionTransformer:
     """ViT-S: 384 wide, 12 blocks, 6 heads, 21.7 M parameters."""
     return VisionTransformer(
@@ -356,7 +320,7 @@ def vit_base(
     img_size: int = 224,
     in_chans: int = 3,
     drop_path_rate: float = 0.0,
-    pos_embed_mode: Literal["scale", "size", "antialias"] = "scale",
+    pos_embed_mode: Mode = "scale",
 ) -> VisionTransformer:
     """ViT-B: 768 wide, 12 blocks, 12 heads, 85.8 M parameters."""
     return VisionTransformer(
@@ -370,7 +334,7 @@ def vit_large(
     img_size: int = 224,
     in_chans: int = 3,
     drop_path_rate: float = 0.0,
-    pos_embed_mode: Literal["scale", "size", "antialias"] = "scale",
+    pos_embed_mode: Mode = "scale",
 ) -> VisionTransformer:
     """ViT-L: 1024 wide, 24 blocks, 16 heads, 303.3 M parameters."""
     return VisionTransformer(

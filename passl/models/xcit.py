@@ -18,6 +18,7 @@ from passl.models.layers import (
     LayerNorm,
     Linear,
     Mlp,
+    check_image_size,
     check_positive,
     torch_uniform,
 )
@@ -58,11 +59,7 @@ class ConvPatchEmbed(nn.Layer):
         self.proj = nn.Sequential(*layers[:-1])
 
     def forward(self, images: Tensor) -> Tensor:
-        height, width = images.shape[-2:]
-        if height % self.patch_size or width % self.patch_size:
-            raise ValueError(
-                f"image height and width ({height} x {width}) must be multiples of patch_size ({self.patch_size})"
-            )
+        check_image_size(*images.shape[-2:], self.patch_size)
         return self.proj(images)
 
 
@@ -75,7 +72,10 @@ class FourierPositions(nn.Layer):
         super().__init__()
         self.token_projection = _conv(2 * self.num_frequencies, dim, 1)
 
+    @paddle.jit.not_to_static  # nothing here belongs into an exported program but the projection
     def forward(self, height: int, width: int) -> Tensor:
+        if not (isinstance(height, int) and isinstance(width, int)):
+            raise ValueError("the positions of XCiT need a fixed image size to be exported")
         shape = [self.num_frequencies, height, width]
         rows = np.broadcast_to(self._waves(height)[:, :, None], shape)
         columns = np.broadcast_to(self._waves(width)[:, None, :], shape)

@@ -176,7 +176,7 @@ def test_size_that_the_patch_does_not_divide(shape):
         ({"depth": 0}, r"depth \(0\) must be at least 1"),
         ({"embed_dim": 0}, r"embed_dim \(0\) must be at least 1"),
         ({"in_chans": 0}, r"in_chans \(0\) must be at least 1"),
-        ({"pos_embed_mode": "crop"}, r"pos_embed_mode \('crop'\) must be 'scale', 'size' or 'antialias'"),
+        ({"pos_embed_mode": "crop"}, r"pos_embed_mode \('crop'\) must be one of scale, size, antialias"),
         ({"ffn": "relu"}, r"ffn \('relu'\) must be 'mlp' or 'swiglu'"),
         ({"num_register_tokens": -1}, r"num_register_tokens \(-1\) must be at least 0"),
         ({"drop_path_rate": 1.0}, r"drop path rate \(1.0\) must be in \[0, 1\)"),

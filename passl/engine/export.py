@@ -1,0 +1,222 @@
+"""From a configuration, or the name of a backbone, to an exported file: what ``passl-export`` does."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Optional
+
+import paddle
+from paddle import nn
+
+from passl import exported, log
+from passl.config import Config, ConfigError, component_parts
+from passl.data.datasets import ImageFolder
+from passl.engine import build, run, start
+from passl.evaluators.classification import check_batches
+from passl.evaluators.evaluator import map_dataset
+from passl.evaluators.knn import normalize
+from passl.export import (
+    Exportable,
+    FeatureNetwork,
+    KNNNetwork,
+    ProbeNetwork,
+    check_onnx,
+    export,
+    multiple_of,
+)
+from passl.exported import ExportError, Meta
+from passl.models.probe import LinearProbe
+from passl.registry import DATASETS
+
+logger = logging.getLogger("passl")
+
+Sides = tuple[Optional[int], Optional[int]]
+
+
+@dataclass
+class ExportOptions:
+    """What the command line says; None is what the configuration says, or else the default.
+
+    Attributes:
+        image_size: (height, width); (None, None) is any.
+        class_names: file with one name a line.
+        knn_bank: class folders whose images classify, in place of a linear head.
+    """
+
+    out: Optional[str] = None
+    export_type: Optional[str] = None
+    image_size: Optional[Sides] = None
+    class_names: Optional[str] = None
+    knn_bank: Optional[str] = None
+    k: int = 20
+    temperature: float = 0.07
+    batch_size: int = 32
+    num_workers: int = 0
+    raw: Optional[str] = None
+
+
+def export_config(config: Config, options: ExportOptions) -> tuple[Path, Meta]:
+    """Export the model of a checked configuration; returns the file and its description.
+
+    Raises:
+        ConfigError: a value is not what it must be.
+        ExportError, CheckpointError: see passl.export and passl.checkpoint.
+    """
+    settings = build.global_settings(config)
+    section = config.get("Export") or {}
+    export_type = options.export_type or section.get("export_type") or "paddle"
+    if export_type == "onnx":
+        check_onnx()  # before anything takes time
+    log.setup()
+    run.set_up(settings)
+    paddle.seed(settings.seed)
+    model = build.model(config)
+    is_whole = True
+    if settings.pretrained_model:
+        is_whole = start.load_pretrained(settings, model)
+    else:
+        logger.warning("Global.pretrained_model is not given: exporting an untrained %s", type(model).__name__)
+    model.eval()
+    sides = options.image_size or _configured_size(section.get("input_shape"))
+    preprocessing, (height, width) = _preprocessing(config, sides)
+    _check_sides((height, width), multiple_of(getattr(model, "backbone", model)))
+    if options.knn_bank is not None:
+        network, class_names = _knn_network(getattr(model, "backbone", model), preprocessing, options)
+    else:
+        network = _network(model, is_whole, str(settings.pretrained_model))
+        class_names = _class_names(config, model) if network.classifier else []
+    if options.class_names is not None:
+        class_names = _read_names(options.class_names, class_names)
+    out = Path(options.out or f"{config['Model']['name']}{exported.SUFFIXES[export_type]}")
+    meta = export(
+        network,
+        out,
+        preprocessing,
+        height,
+        width,
+        export_type,
+        class_names,
+        architecture=dict(config["Model"]),
+        raw=options.raw,
+    )
+    return out, meta
+
+
+def _network(model: nn.Layer, is_whole: bool, weights: str) -> Exportable:
+    if not isinstance(model, LinearProbe):
+        return FeatureNetwork(getattr(model, "backbone", model))
+    if not is_whole:
+        raise ExportError(
+            f"{weights} has no weights for all of LinearProbe, only a backbone: its classes would be random. Give the "
+            "latest or best of a probe that passl-train made, or use --arch for the backbone alone, or --knn-bank"
+        )
+    return ProbeNetwork(model)
+
+
+def _knn_network(
+    backbone: nn.Layer, preprocessing: list[dict[str, Any]], options: ExportOptions
+) -> tuple[KNNNetwork, list[str]]:
+    """The backbone with the features of the images in ``options.knn_bank``, and the names of their classes."""
+    try:
+        check_batches(options.batch_size, options.num_workers)
+        dataset = ImageFolder(options.knn_bank, exported.transform(preprocessing))
+
+        def features(images: paddle.Tensor) -> paddle.Tensor:
+            return normalize(backbone(images).astype("float32"))
+
+        with paddle.no_grad():
+            bank, labels = map_dataset(features, dataset, options.batch_size, options.num_workers, "k-NN bank")
+        network = KNNNetwork(backbone, bank, labels, len(dataset.class_names), options.k, options.temperature)
+    except (ValueError, FileNotFoundError) as error:
+        raise ExportError(f"--knn-bank: {error}") from error
+    logger.info("k-NN bank: %d images of %d classes", len(bank), len(dataset.class_names))
+    return network, dataset.class_names
+
+
+# --- sizes and preprocessing -----------------------------------------------------------------------------------------
+
+
+def _configured_size(shape: Any) -> Optional[Sides]:
+    """(height, width) of ``Export.input_shape``: [N, 3, H, W] or [3, H, W]; -1 and None are any size."""
+    if shape is None:
+        return None
+    sides = [None if side in (None, -1, "None") else side for side in shape[-2:]]
+    if len(shape) not in (3, 4) or shape[-3] != 3 or not all(s is None or _is_side(s) for s in sides):
+        raise ConfigError([f"Export.input_shape ({shape}) must be [null, 3, height, width]; null is any size"])
+    return sides[0], sides[1]
+
+
+def _is_side(value: Any) -> bool:
+    return type(value) is int and value > 0
+
+
+def _check_sides(sides: Sides, unit: int) -> None:
+    if any(side is not None and side % unit for side in sides) or (sides[0] is None) != (sides[1] is None):
+        raise ExportError(
+            f"image size {sides[0]} x {sides[1]}: both must be multiples of {unit} (the patch), or both of any size"
+        )
+
+
+def _preprocessing(config: Mapping[str, Any], sides: Optional[Sides]) -> tuple[list[dict[str, Any]], Sides]:
+    """The validation transform of the configuration, changed where it does not lead to ``sides``, and the sides."""
+    found = _validation_transform(config)
+    if found is None:
+        height, width = sides or (224, 224)
+        return exported.standard_preprocessing(height or 224, width or 224), (height, width)
+    made = exported.output_size(found)
+    if sides is None:
+        return found, made
+    if None not in sides and made != sides:
+        logger.info("preprocessing: %d x %d pixels in place of the configuration's %s x %s", *sides, *made)
+        return exported.at_size(found, *sides), sides
+    return found, sides
+
+
+def _validation_transform(config: Mapping[str, Any]) -> Optional[list[dict[str, Any]]]:
+    """``transform`` of DataLoader.Eval, or of the first evaluator's validation images, in its short form."""
+    dataset = ((config.get("DataLoader") or {}).get("Eval") or {}).get("dataset")
+    for spec in config.get("Evaluators") or []:
+        dataset = dataset or component_parts(spec)[1].get("val_dataset")
+    steps = component_parts(dataset)[1].get("transform") if dataset else None
+    if not isinstance(steps, list):
+        return None
+    return [{name: dict(arguments)} for name, arguments in map(component_parts, steps)]
+
+
+# --- class names -----------------------------------------------------------------------------------------------------
+
+
+def _class_names(config: Mapping[str, Any], probe: LinearProbe) -> list[str]:
+    """The class folders of DataLoader.Eval where they are there, else the numbers of the classes."""
+    numbers = [str(label) for label in range(probe.num_classes)]
+    section = (config.get("DataLoader") or {}).get("Eval")
+    if not section:
+        return numbers
+    name, arguments = component_parts(section["dataset"])
+    try:
+        found = DATASETS.get(name)(**{**arguments, "transform": None}).class_names
+    except (ValueError, OSError) as error:
+        logger.warning("classes get numbers for names, as DataLoader.Eval.dataset cannot be read (%s)", error)
+        return numbers
+    if found and len(found) != probe.num_classes:
+        logger.warning(
+            "classes get numbers for names: DataLoader.Eval has %d classes, the probe %d", len(found), probe.num_classes
+        )
+        return numbers
+    return found or numbers
+
+
+def _read_names(path: str, instead_of: list[str]) -> list[str]:
+    try:
+        names = Path(path).expanduser().read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ExportError(f"--class-names: {path}: {error}") from error
+    names = [name.strip() for name in names if name.strip()]
+    if not instead_of:
+        raise ExportError("--class-names: a backbone alone has no classes; export a LinearProbe or give --knn-bank")
+    if len(names) != len(instead_of):
+        raise ExportError(f"--class-names: {path} has {len(names)} names, and there are {len(instead_of)} classes")
+    return names

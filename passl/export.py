@@ -1,0 +1,351 @@
+"""A network as one file for inference: made static, written for Paddle or ONNX, and compared with what it came from."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Optional, Union
+
+import numpy as np
+import paddle
+import paddle.nn.functional as F
+from paddle import Tensor, nn
+
+import passl
+from passl import exported
+from passl.exported import META, WEIGHTS, Engine, ExportError, Meta
+from passl.models.probe import LinearProbe
+
+TOLERANCE = 1e-4  # largest difference of an output that is accepted
+_OPSET = 17
+_MAX_ONNX_BYTES = 2 << 30  # a protobuf file cannot be larger
+
+
+# --- what is exported ------------------------------------------------------------------------------------------------
+
+
+class FeatureNetwork(nn.Layer):
+    """A backbone alone. images [B, 3, H, W] -> features [B, D]"""
+
+    outputs = ("features",)
+    classifier = None
+
+    def __init__(self, backbone: nn.Layer) -> None:
+        super().__init__()
+        self.backbone = backbone
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        return (self.backbone(images),)
+
+
+class ProbeNetwork(nn.Layer):
+    """A linear probe. images [B, 3, H, W] -> the backbone's features [B, D], logits [B, C], probabilities [B, C]"""
+
+    outputs = ("features", "logits", "probabilities")
+
+    def __init__(self, probe: LinearProbe) -> None:
+        super().__init__()
+        self.probe = probe
+        self.classifier = {"kind": "linear"}
+        self.backbone = probe.backbone
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        seen = self.probe.features(images)
+        logits = self.probe.linear(seen)
+        return self.probe.backbone_output(seen), logits, F.softmax(logits, axis=-1)
+
+
+class KNNNetwork(nn.Layer):
+    """A backbone and the votes of a bank of labelled features, as in the evaluator KNN, divided by their sum.
+
+    images [B, 3, H, W] -> features [B, D], probabilities [B, C]
+
+    Args:
+        bank: [N, D] float32, rows of length 1.
+        labels: [N], from 0 to num_classes - 1.
+        k: neighbours; more than N are all.
+    """
+
+    outputs = ("features", "probabilities")
+
+    def __init__(
+        self,
+        backbone: nn.Layer,
+        bank: np.ndarray,
+        labels: np.ndarray,
+        num_classes: int,
+        k: int = 20,
+        temperature: float = 0.07,
+    ) -> None:
+        super().__init__()
+        if k < 1 or not temperature > 0:
+            raise ValueError(f"k ({k}) must be at least 1 and temperature ({temperature}) above 0")
+        if not np.isfinite(bank).all():
+            raise ValueError("the bank has features that are not finite: the weights are probably broken")
+        self.backbone = backbone
+        self.k = min(k, len(bank))
+        self.temperature = temperature
+        self.classifier = {"kind": "knn", "k": self.k, "temperature": temperature, "images": len(bank)}
+        self.register_buffer("bank", paddle.to_tensor(np.ascontiguousarray(bank.T, np.float32)))  # [D, N]
+        self.register_buffer("labels", paddle.to_tensor(np.asarray(labels, np.int64)))
+        self.register_buffer("classes", paddle.arange(num_classes, dtype="int64"))
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        features = self.backbone(images)
+        return features, self.votes(features)
+
+    def votes(self, features: Tensor) -> Tensor:
+        """[B, D] -> [B, C], each row with sum 1"""
+        unit = features * paddle.rsqrt((features * features).sum(axis=1, keepdim=True).clip(min=1e-24))
+        similarity, neighbours = paddle.topk(paddle.matmul(unit, self.bank), self.k, axis=1)
+        weights = F.softmax(similarity / self.temperature, axis=-1)  # the votes, with their sum at 1
+        labels = paddle.gather(self.labels, neighbours.flatten()).reshape([-1, self.k, 1])
+        hits = (labels == self.classes).astype("float32")  # [B, k, C]
+        return paddle.matmul(weights.unsqueeze(1), hits).squeeze(1)
+
+
+Exportable = Union[FeatureNetwork, ProbeNetwork, KNNNetwork]
+
+
+def multiple_of(backbone: nn.Layer) -> int:
+    """What the sides of an image must be multiples of."""
+    size = getattr(getattr(backbone, "patch_embed", None), "patch_size", 1)
+    return size if isinstance(size, int) else 1
+
+
+# --- exporting -------------------------------------------------------------------------------------------------------
+
+
+def export(
+    network: Exportable,
+    path: exported.PathLike,
+    preprocessing: Sequence[dict[str, Any]],
+    height: Optional[int] = None,
+    width: Optional[int] = None,
+    export_type: str = "paddle",
+    class_names: Sequence[str] = (),
+    architecture: Optional[dict[str, Any]] = None,
+    raw: Optional[exported.PathLike] = None,
+) -> Meta:
+    """Write ``network`` (moved to the CPU, in eval mode) to the one file ``path``, for any batch size.
+
+    Args:
+        preprocessing: from an RGB image to an input, in the form of a configuration's ``transform``.
+        height, width: of the images in pixels; both None: any multiples of the patch size.
+        raw: folder for program, weights and description as separate files too (Paddle only), for C++.
+
+    Returns:
+        The description in the file, with the largest differences between the network and what was written.
+
+    Raises:
+        ExportError: the network cannot be exported, a size does not fit, the outputs differ by more than 1e-4 or are
+            not finite; nothing is written then.
+    """
+    path = Path(path).expanduser()
+    if export_type not in exported.SUFFIXES:
+        raise ExportError(f"export_type ({export_type!r}) must be one of {', '.join(exported.SUFFIXES)}")
+    if path.suffix != exported.SUFFIXES[export_type]:
+        raise ExportError(f"{path}: a file of type {export_type} must end in {exported.SUFFIXES[export_type]}")
+    if raw is not None and export_type != "paddle":
+        raise ExportError("separate files (raw) are for the type paddle: an .onnx is one file")
+    exported.transform(preprocessing)
+    paddle.set_device("cpu")
+    network.to("cpu")
+    network.eval()
+    meta = Meta(
+        architecture=dict(architecture or {}),
+        input_shape=[None, 3, height, width],
+        multiple_of=multiple_of(network.backbone),
+        outputs=list(network.outputs),
+        preprocessing=[dict(step) for step in preprocessing],
+        class_names=[str(name) for name in class_names],
+        classifier=network.classifier,
+        versions={"passl": passl.__version__, "paddle": paddle.__version__},
+    )
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        shapes = comparison_shapes(height, width, meta.multiple_of)
+        _save_program(network, folder, height, width)
+        meta.comparison = compare(network, exported.paddle_engine(folder), shapes, "Paddle inference")
+        if export_type == "onnx":
+            _save_onnx(folder)
+            engine = exported.onnx_engine(folder / "model.onnx")
+            meta.comparison += compare(network, engine, shapes, "onnxruntime")
+        check_differences(meta.comparison)
+        if export_type == "onnx":
+            _finish_onnx(folder / "model.onnx", path, meta)
+            return meta
+        (folder / META).write_text(meta.to_json(), encoding="utf-8")
+        exported.pack(folder, path)
+        if raw is not None:
+            _copy_files(folder, Path(raw).expanduser())
+    return meta
+
+
+def _save_program(network: Exportable, folder: Path, height: Optional[int], width: Optional[int]) -> None:
+    spec = paddle.static.InputSpec([None, 3, height, width], "float32", "images")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            paddle.jit.save(network, str(folder / "model"), input_spec=[spec])
+    # A layer of the user's own may fail in any way when it is made static.
+    except Exception as error:
+        # Paddle wraps the error in its own listing of the source.
+        reasons = re.findall(r"^\s*(\w+(?:Error|Exception): .*)$", str(error), re.MULTILINE) or [repr(error)]
+        size = "for any image size (try a fixed one: --image-size 224)" if height is None else f"at {height} x {width}"
+        raise ExportError(
+            f"{type(network.backbone).__name__} cannot be made a static program {size}: {reasons[-1]}"
+        ) from error
+
+
+def _copy_files(folder: Path, target: Path) -> None:
+    target.mkdir(parents=True, exist_ok=True)
+    for file in (exported.program_in(folder), folder / WEIGHTS, folder / META):
+        with exported.replacing(target / file.name) as partial:
+            shutil.copyfile(file, partial)
+
+
+# --- ONNX ------------------------------------------------------------------------------------------------------------
+
+
+def check_onnx() -> None:
+    """Raises ExportError where this installation cannot write ONNX."""
+    if 0 < int(paddle.__version__.split(".")[0]) < 3:
+        raise ExportError(f"ONNX needs Paddle 3, and this is {paddle.__version__}: upgrade it, or use --format paddle")
+    for module in ("paddle2onnx", "onnx", "onnxruntime"):
+        exported.require(module, "onnx")
+
+
+def _save_onnx(folder: Path) -> None:
+    """``model.onnx`` from the program in ``folder``."""
+    check_onnx()
+    import paddle2onnx
+
+    size = (folder / WEIGHTS).stat().st_size
+    if size > _MAX_ONNX_BYTES:
+        raise ExportError(f"{size / 1e9:.1f} GB of weights do not fit an .onnx (2 GB): use --format paddle")
+    target = folder / "model.onnx"
+    problem: Optional[BaseException] = None
+    with _captured_output(folder / "log.txt"):
+        try:
+            paddle2onnx.export(
+                str(exported.program_in(folder)),
+                str(folder / WEIGHTS),
+                str(target),
+                opset_version=_OPSET,
+                optimize_tool="none",  # the default one installs packages from the network by itself
+            )
+        # It ends the process when it fails.
+        except (Exception, SystemExit) as error:
+            problem = error
+    if problem is not None or not target.is_file():
+        said = (folder / "log.txt").read_text(errors="replace").strip().splitlines()[-5:]
+        raise ExportError("\n".join(["paddle2onnx cannot convert this network:", *said])) from problem
+
+
+@contextlib.contextmanager
+def _captured_output(file: Path) -> Iterator[None]:
+    """Sends what is printed, by Python and by C++, to ``file``."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    saved = [os.dup(1), os.dup(2)]
+    try:
+        with file.open("w", encoding="utf-8", errors="replace") as log:
+            os.dup2(log.fileno(), 1)
+            os.dup2(log.fileno(), 2)
+            with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+                yield
+    finally:
+        for number, copy in enumerate(saved, 1):
+            os.dup2(copy, number)
+            os.close(copy)
+
+
+def _finish_onnx(source: Path, path: Path, meta: Meta) -> None:
+    """``source`` under ``path``, with names for its outputs and the description."""
+    import onnx
+
+    model = onnx.load(str(source))
+    new_names = {old.name: new for old, new in zip(model.graph.output, meta.outputs)}
+    for value in model.graph.output:
+        value.name = new_names[value.name]
+        value.type.tensor_type.shape.dim[0].dim_param = "batch"
+    for node in model.graph.node:
+        node.input[:] = [new_names.get(name, name) for name in node.input]
+        node.output[:] = [new_names.get(name, name) for name in node.output]
+    onnx.helper.set_model_props(model, {exported.ONNX_KEY: meta.to_json()})
+    with exported.replacing(path) as partial:
+        onnx.save(model, str(partial))
+
+
+# --- comparing -------------------------------------------------------------------------------------------------------
+
+
+def comparison_shapes(height: Optional[int], width: Optional[int], unit: int) -> list[tuple[int, int, int]]:
+    """(batch, height, width) of the inputs to compare on: three batches and, without a fixed size, four sizes."""
+    if height is not None and width is not None:
+        return [(batch, height, width) for batch in (1, 2, 5)]
+    side = max(unit, 224 // unit * unit)
+    wide, low = side + max(unit, side // 4 // unit * unit), max(unit, side // 2 // unit * unit)
+    return [(1, side, side), (3, side, side), (2, low, wide), (1, wide, low), (1, wide, wide)]
+
+
+def compare(
+    network: Exportable, engine: Engine, shapes: Sequence[tuple[int, int, int]], name: str
+) -> list[dict[str, Any]]:
+    """Run network and engine on the same random images; a row of largest absolute differences for each shape."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for batch, height, width in shapes:
+        images = rng.standard_normal((batch, 3, height, width)).astype(np.float32)
+        with paddle.no_grad():
+            expected = [output.numpy() for output in network(paddle.to_tensor(images))]
+            results = engine(images)
+            if isinstance(network, KNNNetwork):
+                # A rounding error may change who is the last neighbour, a jump: compared on the same features.
+                expected[1] = network.votes(paddle.to_tensor(results[0])).numpy()
+        row: dict[str, Any] = {"engine": name, "shape": [batch, 3, height, width], "difference": {}, "largest": {}}
+        for output, one, other in zip(network.outputs, expected, results):
+            if one.shape != other.shape:
+                raise ExportError(f"{name} gives {output} {list(other.shape)} in place of {list(one.shape)}")
+            row["difference"][output] = float(np.abs(one - other).max())
+            row["largest"][output] = float(np.abs(one).max())
+        rows.append(row)
+    return rows
+
+
+def check_differences(rows: Sequence[dict[str, Any]]) -> None:
+    """Raises ExportError for a difference that is no number, or above 1e-4 (times the output's largest value where that
+    is above 1: float32 has 7 digits).
+    """
+    bad = [
+        f"{row['engine']}, images {row['shape']}: {output} (up to {row['largest'][output]:.1e}) differs by {value:.1e}"
+        for row in rows
+        for output, value in row["difference"].items()
+        if not value <= TOLERANCE * max(1.0, row["largest"][output])
+    ]
+    if bad:
+        raise ExportError(
+            f"the exported network is not the same, nothing is written (allowed {TOLERANCE:.0e}): {'; '.join(bad)}"
+        )
+
+
+def comparison_table(meta: Meta) -> str:
+    """The comparison as text: a line for each input, a column for each output."""
+    lines = [f"{'largest difference':<20}{'images':<20}" + "".join(f"{name:>16}" for name in meta.outputs)]
+    for row in meta.comparison:
+        numbers = "".join(f"{row['difference'][name]:>16.1e}" for name in meta.outputs)
+        lines.append(f"{row['engine']:<20}{' x '.join(map(str, row['shape'])):<20}{numbers}")
+    largest = [max(row["largest"][name] for row in meta.comparison) for name in meta.outputs]
+    differences = [max(row["difference"][name] for row in meta.comparison) for name in meta.outputs]
+    relative = [difference / (value or 1.0) for difference, value in zip(differences, largest)]
+    for title, values in (("largest value", largest), ("largest difference, relative to it", relative)):
+        lines.append(f"{title:<40}" + "".join(f"{value:>16.1e}" for value in values))
+    return "\n".join(lines)
