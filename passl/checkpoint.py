@@ -117,8 +117,11 @@ def read(path: PathLike) -> Any:
         raise CheckpointError(f"{path}: damaged, or not written by Paddle ({type(error).__name__}: {error})") from error
 
 
-def read_weights(prefix: PathLike) -> dict[str, np.ndarray]:
-    """The state dict in ``{prefix}.pdparams`` (the suffix may be given): name -> array of numbers."""
+def read_weights(prefix: PathLike, widen: bool = True) -> dict[str, np.ndarray]:
+    """The state dict in ``{prefix}.pdparams`` (the suffix may be given): name -> array of numbers.
+
+    widen: bfloat16 becomes float32, which says the same; else it stays the uint16 that Paddle saves of it.
+    """
     path = with_suffix(prefix, PARAMS)
     state = read(path)
     if not isinstance(state, dict) or not state:
@@ -129,8 +132,7 @@ def read_weights(prefix: PathLike) -> dict[str, np.ndarray]:
         if not isinstance(value, np.ndarray) or value.dtype.kind not in "fiub":
             kind = value.dtype if isinstance(value, np.ndarray) else type(value).__name__
             raise CheckpointError(f"{path}: holds no state dict (name -> array): {name!r} is no numbers, but {kind}")
-    # paddle.save writes bfloat16 as its bits; as float32 they say the same.
-    bits = {name: value for name, value in state.items() if value.dtype == np.uint16}
+    bits = {name: value for name, value in state.items() if value.dtype == np.uint16 and widen}
     return {**state, **{name: (value.astype(np.uint32) << 16).view(np.float32) for name, value in bits.items()}}
 
 

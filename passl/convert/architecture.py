@@ -129,7 +129,7 @@ def infer_head(shapes: Shapes) -> dict[str, Any]:
     head: dict[str, Any] = {
         "in_dim": _size(shapes, f"{first}weight", 2)[1],
         "out_dim": _size(shapes, "last_layer.weight_v", 2)[0],
-        "bottleneck_dim": shapes[f"{last}weight"][0],
+        "bottleneck_dim": _size(shapes, f"{last}weight", 2)[0],
     }
     if len(linear) != 3:
         head["num_layers"] = max(len(linear), 1)
@@ -169,7 +169,8 @@ def _count(shapes: Shapes, pattern: str) -> int:
     numbers = {int(match[1]) for name in shapes if (match := re.match(pattern, name, re.ASCII))}
     if len(numbers) != 1 + max(numbers, default=-1):
         found = ", ".join(map(str, sorted(numbers)))
-        raise ConversionError(f"the architecture cannot be told: of {pattern.split('(')[0]}* there are only {found}")
+        family = pattern.partition(r"\.")[0]
+        raise ConversionError(f"the architecture cannot be told: of {family} there are only the numbers {found}")
     return len(numbers)
 
 

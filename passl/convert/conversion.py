@@ -260,8 +260,8 @@ class _Assembly:
         num_classes, in_dim = self._torch_shape("weight", weight.value)
         section = {"in_dim": in_dim, "num_classes": num_classes, **self._probe_input(architecture, in_dim, part)}
         entries = {f"linear.linear.{name}": entry for name, entry in parts[part].items()}
-        if part == "concatenated" and section["avgpool"]:
-            turned = _interleaved(weight.value, section["n_last_blocks"])
+        if part == "concatenated" and section.get("avgpool"):
+            turned = _interleaved(weight.value, section.get("n_last_blocks", 1))
             entries["linear.linear.weight"] = weight._replace(value=turned)
         layout = slots(blueprint(LinearClassifier, {"in_dim": in_dim, "num_classes": num_classes}))
         self._fill("", prefixed("linear.", layout), entries)

@@ -28,7 +28,9 @@ _OPTIMIZERS = {"adamw": "AdamW", "sgd": "Momentum", "lars": "LARS"}
 
 
 class ResumeState(NamedTuple):
-    """What stands beside the weights: the content of ``.pdopt`` and ``.pdstates``, and a configuration."""
+    """What stands beside the weights: the content of ``.pdopt`` and ``.pdstates``, and a configuration (None where the
+    file has no arguments, or the architecture is not all visible).
+    """
 
     optimizer: dict[str, Any]
     states: dict[str, Any]
@@ -47,7 +49,11 @@ def resume_state(source: Source, conversion: Conversion) -> ResumeState:
     args, scaler = source.aside.get("args"), source.aside.get("fp16_scaler")
     try:
         found = from_official(optimizer, student_parameters(conversion))
-        recipe = recipe_of(vars(args), conversion) if isinstance(args, argparse.Namespace) else None
+        # A guessed number of heads would train another network, without a word.
+        is_known = isinstance(args, argparse.Namespace) and not (
+            conversion.architecture and conversion.architecture.unknown
+        )
+        recipe = recipe_of(vars(args), conversion) if is_known else None
         states = {
             "step": found.steps or 0,
             "epoch": epoch + source.is_clemsgrs,  # theirs is the last epoch, the official one the next
@@ -89,7 +95,9 @@ def recipe_of(official_args: Mapping[str, Any], conversion: Conversion) -> dict[
         model["backbone"]["drop_path_rate"] = args["drop_path_rate"]
     model["head"]["norm_last_layer"] = bool(args["norm_last_layer"])
     temperature = float(args["teacher_temp"])
-    optimizer = {"name": _OPTIMIZERS.get(args["optimizer"], "AdamW")}
+    if args["optimizer"] not in _OPTIMIZERS:
+        raise ConversionError(f"its optimizer ({args['optimizer']}) is none of {', '.join(_OPTIMIZERS)}")
+    optimizer: dict[str, Any] = {"name": _OPTIMIZERS[args["optimizer"]]}
     if args["clip_grad"]:
         optimizer.update(clip_norm=float(args["clip_grad"]), clip_mode="each")
     return {

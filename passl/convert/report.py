@@ -53,7 +53,7 @@ class Report:
         """Raises:
         ConversionError: nothing matched, something of the file is left over, or of the architecture missing.
         """
-        if not self.matched:
+        if not self.matched and not self.misshapen:
             raise ConversionError(f"no tensor of the file belongs to {what}; it holds {_few(self.left_over)}")
         problems = []
         if self.misshapen:

@@ -16,6 +16,7 @@ import numpy as np
 
 from passl import checkpoint
 from passl.convert.report import ConversionError
+from passl.convert.storage import BFLOAT16
 from passl.convert.torch_reader import load_torch
 
 TORCH_SUFFIXES = (".safetensors", ".pth", ".pth.tar", ".pt", ".ckpt", ".bin", ".tar")
@@ -137,12 +138,16 @@ def find_file(path: Union[str, Path]) -> Path:
 def open_source(path: Union[str, Path], bfloat16: str = "float32") -> Source:
     """Read a file of weights of any known origin; ``path`` may be a prefix.
 
+    bfloat16: "float32", or "bits" for arrays of type ``BFLOAT16``.
+
     Raises:
         CheckpointFormatError, CheckpointError: it is missing, damaged, or holds no weights.
     """
     path = find_file(path)
     if path.name.endswith(checkpoint.PARAMS):
-        return _sorted_out(path, "paddle", checkpoint.read_weights(path))
+        state = checkpoint.read_weights(path, widen=bfloat16 == "float32")
+        bits = {name: value.view(BFLOAT16) for name, value in state.items() if value.dtype == np.uint16}
+        return _sorted_out(path, "paddle", {**state, **bits})
     return _sorted_out(path, "torch", load_torch(path, bfloat16=bfloat16))
 
 
