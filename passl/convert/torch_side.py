@@ -45,7 +45,12 @@ def original(
 
     @torch.no_grad()
     def run(x: np.ndarray) -> dict[str, np.ndarray]:
-        return {name: value.numpy() for name, value in side.outputs(torch.from_numpy(x)).items()}
+        try:
+            return {name: value.numpy() for name, value in side.outputs(torch.from_numpy(x)).items()}
+        except KeyError as error:
+            raise ConversionError(
+                f"PyTorch's side finds no tensor {error} in {files[0]}: give --verify RECORDED.npz"
+            ) from error
 
     return run
 

@@ -179,10 +179,9 @@ def _inputs(conversion: Conversion, models: Mapping[str, nn.Layer]) -> list[np.n
     if conversion.kind == "linear":
         return [random.standard_normal((2, conversion.model["in_dim"]), np.float32)]
     assert conversion.architecture is not None
-    builder = BACKBONES.get(conversion.architecture.name)
-    channels = conversion.architecture.arguments.get(
-        "in_chans", inspect.signature(builder).parameters["in_chans"].default
-    )
+    accepted = inspect.signature(BACKBONES.get(conversion.architecture.name)).parameters
+    usual = accepted["in_chans"].default if "in_chans" in accepted else 3
+    channels = conversion.architecture.arguments.get("in_chans", usual)
     layer = next(iter(models.values()))
     layer = getattr(layer, "backbone", layer)
     patch, side = 16, 14
