@@ -4,7 +4,6 @@ them.
 
 from typing import Any
 
-from passl.convert.lazy import Lazy
 from passl.convert.limits import CheckpointFormatError
 from passl.convert.paddle_writer import save_pdparams
 from passl.convert.safetensors import load_safetensors, save_safetensors
@@ -25,7 +24,6 @@ _WITH_PADDLE = {
 __all__ = [
     "BFLOAT16",
     "CheckpointFormatError",
-    "Lazy",
     "load_safetensors",
     "load_torch",
     "save_pdparams",

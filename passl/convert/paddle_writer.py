@@ -10,8 +10,8 @@ from typing import Any, Union
 import numpy as np
 
 from passl.convert.atomic import replacing
-from passl.convert.lazy import Array, Lazy, checked_element, content
 from passl.convert.pickle_writer import Keys, PickleWriter, where
+from passl.convert.storage import checked_element, content
 
 _PARAMETER_NAMES = "StructuredToParameterName@@"
 # Paddle saves bfloat16 as its bits and so takes every uint16 for bfloat16; it has no wider unsigned types.
@@ -35,7 +35,7 @@ def save_pdparams(value: Mapping[Any, Any], path: Union[str, Path]) -> None:
     """Write a ``.pdparams``, ``.pdopt`` or ``.pdstates`` file: ``paddle.load`` gives its arrays as tensors.
 
     Args:
-        value: numbers, text, None, numpy arrays (or :class:`Lazy` ones) and dicts, lists and tuples of those. The name
+        value: numbers, text, None, numpy arrays and dicts, lists and tuples of those. The name
             of a tensor is its key, or, where dicts are nested, the keys that lead to it, joined by dots.
 
     A state dict, where every value is an array, has the form that plain ``pickle.load`` reads as name -> array; other
@@ -50,7 +50,7 @@ def save_pdparams(value: Mapping[Any, Any], path: Union[str, Path]) -> None:
         raise ValueError(f"a file of Paddle holds a dict (name -> array, say), not a {type(value).__name__}")
     if _PARAMETER_NAMES in value:
         raise ValueError(f"the key {_PARAMETER_NAMES!r} is Paddle's own: leave it out, it is written where it belongs")
-    is_state_dict = all(isinstance(item, (np.ndarray, Lazy)) for item in value.values())
+    is_state_dict = all(isinstance(item, np.ndarray) for item in value.values())
     if is_state_dict:
         value = {**value, _PARAMETER_NAMES: {key: str(key) for key in value}}
     with replacing(Path(path)) as file:
@@ -66,7 +66,7 @@ class _PaddlePickle(PickleWriter):
         super().__init__(write)
         self._named = named
 
-    def array(self, value: Array, path: Keys) -> None:
+    def array(self, value: np.ndarray, path: Keys) -> None:
         element = checked_element(value, where(path), _KNOWN)
         if self._named:
             self.save(".".join(map(str, path)))

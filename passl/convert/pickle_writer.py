@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 
-from passl.convert.lazy import Array, Lazy
 from passl.convert.limits import shown
 
 _MAX_DEPTH = 100
@@ -32,7 +31,7 @@ class PickleWriter(ABC):
         self.write = write
 
     @abstractmethod
-    def array(self, value: Array, path: Keys) -> None:
+    def array(self, value: np.ndarray, path: Keys) -> None:
         """Write the operations that leave an array."""
 
     def other(self, value: Any, path: Keys) -> None:
@@ -56,7 +55,7 @@ class PickleWriter(ABC):
             raise ValueError(f"{where(path[:3])} is nested deeper than {_MAX_DEPTH}, or contains itself")
         if isinstance(value, np.generic):
             value = value.item()
-        if isinstance(value, (np.ndarray, Lazy)):
+        if isinstance(value, np.ndarray):
             self.array(value, path)
         elif isinstance(value, str):
             raw = value.encode("utf-8", "surrogatepass")

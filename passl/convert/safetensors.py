@@ -12,7 +12,6 @@ from typing import Any, Literal, Optional, Union
 import numpy as np
 
 from passl.convert.atomic import replacing
-from passl.convert.lazy import Array, Lazy, checked_element, content
 from passl.convert.limits import Budget, CheckpointFormatError, blaming, shown
 from passl.convert.storage import (
     ELEMENTS,
@@ -21,6 +20,8 @@ from passl.convert.storage import (
     MappedFile,
     Storage,
     byte_size,
+    checked_element,
+    content,
     contiguous_strides,
     widens,
 )
@@ -140,9 +141,9 @@ def _refuse_number(text: str) -> None:
 
 
 def save_safetensors(
-    state: Mapping[str, Array], path: Union[str, Path], metadata: Optional[Mapping[str, str]] = None
+    state: Mapping[str, np.ndarray], path: Union[str, Path], metadata: Optional[Mapping[str, str]] = None
 ) -> None:
-    """Write a flat table name -> array (or :class:`Lazy` one) as a ``.safetensors`` file.
+    """Write a flat table name -> array as a ``.safetensors`` file.
 
     Tensors are in the official writer's order, by type, large ones first, then by name: each is aligned, and
     equal tables give equal bytes in whatever order they are. Arrays are written one after the other; the file replaces
@@ -176,7 +177,7 @@ def _kind(name: Any, value: Any) -> str:
     """The format's word for the type of an array."""
     if not isinstance(name, str) or name == "__metadata__":
         raise ValueError(f"a name in a .safetensors file must be text, and not '__metadata__': {shown(name)}")
-    if not isinstance(value, (np.ndarray, Lazy)):
+    if not isinstance(value, np.ndarray):
         raise ValueError(
             f"{name!r} is a {type(value).__name__}: a .safetensors file is one flat table name -> array. Give the part "
             "that is one, or write a .pth file with save_torch"

@@ -50,9 +50,22 @@ ELEMENTS = {
 }
 
 
-def element_of(dtype: np.dtype) -> Optional[Element]:
-    """The type of an array's numbers; None if it has none that a file could hold."""
-    return ELEMENTS["bfloat16"] if dtype == BFLOAT16 else ELEMENTS.get(dtype.name)
+def checked_element(value: np.ndarray, where: str, known: tuple[str, ...]) -> Element:
+    """The type of an array's numbers.
+
+    Raises:
+        ValueError: it is none of ``known``; the text says ``where``.
+    """
+    element = ELEMENTS["bfloat16"] if value.dtype == BFLOAT16 else ELEMENTS.get(value.dtype.name)
+    if element is None or element.name not in known:
+        raise ValueError(f"{where} has numbers of type {value.dtype}, must be one of {', '.join(known)}: use .astype")
+    return element
+
+
+def content(array: np.ndarray) -> np.ndarray:
+    """The bytes of an array in C order and little endian; a view of it where it has them so in memory."""
+    dense = np.asarray(array, array.dtype.newbyteorder("<"), order="C")
+    return dense.reshape(-1).view(np.uint8)
 
 
 class MappedFile:

@@ -13,10 +13,9 @@ from typing import Any, BinaryIO, Union
 import numpy as np
 
 from passl.convert.atomic import replacing
-from passl.convert.lazy import Array, checked_element, content
 from passl.convert.pickle_globals import STORAGES
 from passl.convert.pickle_writer import Keys, PickleWriter, where
-from passl.convert.storage import contiguous_strides
+from passl.convert.storage import checked_element, content, contiguous_strides
 
 # The name that torch.save gives when it does not know the file's: equal values make equal files, whatever their names.
 _ROOT = "archive"
@@ -30,7 +29,7 @@ def save_torch(value: Any, path: Union[str, Path]) -> None:
     """Write what ``torch.load(path)`` reads; with ``weights_only=True`` too, unless it has an argparse.Namespace.
 
     Args:
-        value: numbers, text, None, numpy arrays (or :class:`Lazy` ones) and dicts, OrderedDicts, lists, tuples and
+        value: numbers, text, None, numpy arrays and dicts, OrderedDicts, lists, tuples and
             argparse.Namespaces of those. An array becomes a contiguous tensor on the CPU that needs no gradient; the
             same one used twice becomes two tensors that share their storage. A numpy scalar becomes a Python number,
             as ``weights_only=True`` refuses numpy's.
@@ -71,10 +70,10 @@ class _TorchPickle(PickleWriter):
 
     def __init__(self, write: Any) -> None:
         super().__init__(write)
-        self.storages: list[Array] = []
+        self.storages: list[np.ndarray] = []
         self._keys: dict[int, int] = {}
 
-    def array(self, value: Array, path: Keys) -> None:
+    def array(self, value: np.ndarray, path: Keys) -> None:
         element = checked_element(value, where(path), tuple(_STORAGE_OF))
         if id(value) not in self._keys:
             self._keys[id(value)] = len(self.storages)

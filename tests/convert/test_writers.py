@@ -1,4 +1,4 @@
-"""What the three writers share: atomic, lazy, exact about what they refuse."""
+"""What the three writers share: atomic, frugal, exact about what they refuse."""
 
 from __future__ import annotations
 
@@ -10,20 +10,13 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from passl.convert import Lazy, load_safetensors, load_torch, save_pdparams, save_safetensors, save_torch
-from tests.convert.contents import arrays_of_all_kinds, lazily
+from passl.convert import load_safetensors, load_torch, save_pdparams, save_safetensors, save_torch
+from tests.convert.contents import arrays_of_all_kinds
 
 pytestmark = pytest.mark.smoke
 
 WRITERS = (save_torch, save_safetensors, save_pdparams)
 FLOATS = np.arange(6, dtype=np.float32).reshape(2, 3)
-
-
-def failing() -> Lazy:
-    def make() -> np.ndarray:
-        raise KeyError("no such weight")
-
-    return Lazy(make, (2, 3), np.dtype(np.float32))
 
 
 @pytest.fixture(params=WRITERS, ids=lambda writer: writer.__name__)
@@ -34,11 +27,9 @@ def save(request):
 def test_equal_values_give_equal_files(save, tmp_path):
     arrays = arrays_of_all_kinds()
     save(arrays, tmp_path / "a")
-    save({name: lazily(array) for name, array in arrays.items()}, tmp_path / "b")
-    save({name: np.array(array, order="F") for name, array in arrays.items()}, str(tmp_path / "c"))
-    contents = {(tmp_path / name).read_bytes() for name in "abc"}
-    assert len(contents) == 1
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "c"]
+    save({name: np.array(array, order="F") for name, array in arrays.items()}, str(tmp_path / "b"))
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
 
 
 def test_big_endian_numbers_are_turned(save, tmp_path):
@@ -50,8 +41,8 @@ def test_big_endian_numbers_are_turned(save, tmp_path):
 def test_after_an_error_the_old_file_is_there_and_no_other(save, tmp_path):
     save({"a": FLOATS}, tmp_path / "w")
     before = (tmp_path / "w").read_bytes()
-    with pytest.raises(KeyError, match="no such weight"):
-        save({"a": FLOATS, "b": failing()}, tmp_path / "w")
+    with pytest.raises(ValueError, match="'b'"):
+        save({"a": FLOATS + 1, "b": np.array(["text"])}, tmp_path / "w")
     assert [path.name for path in tmp_path.iterdir()] == ["w"]
     assert (tmp_path / "w").read_bytes() == before
 
@@ -79,8 +70,9 @@ def test_the_file_is_on_the_disk_before_it_has_its_name(save, tmp_path, monkeypa
 
 
 def test_arrays_are_in_memory_one_at_a_time(save, tmp_path):
+    """Those that have to be turned first, as transposed ones."""
     size = 4 << 20
-    state = {f"w{i}": Lazy(lambda i=i: np.full(size, i, np.uint8), (size,), np.dtype(np.uint8)) for i in range(8)}
+    state = {f"w{i}": np.full((1 << 10, size >> 10), i, np.uint8).T for i in range(8)}
     tracemalloc.start()
     save(state, tmp_path / "w")
     peak = tracemalloc.get_traced_memory()[1]
@@ -95,16 +87,9 @@ def test_a_mapped_file_can_be_replaced_by_what_is_read_from_it(tmp_path):
     ):
         save({"a": FLOATS}, tmp_path / name)
         found = load(tmp_path / name)
-        save({"b": Lazy(lambda a=found["a"]: a.T, (3, 2), np.dtype(np.float32))}, tmp_path / name)
+        save({"b": found["a"].T}, tmp_path / name)
         np.testing.assert_array_equal(load(tmp_path / name)["b"], FLOATS.T)
         np.testing.assert_array_equal(found["a"], FLOATS)
-
-
-@pytest.mark.parametrize("array", [FLOATS.T, FLOATS.astype(np.float64)])
-def test_a_lazy_array_must_be_what_it_announced(save, tmp_path, array):
-    with pytest.raises(ValueError, match=r"a Lazy of shape \(2, 3\) and type float32 made an array of shape"):
-        save({"a": Lazy(lambda: array, (2, 3), np.dtype(np.float32))}, tmp_path / "w")
-    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("array", [np.array(["a"]), np.array([None]), np.zeros(2, "V4"), np.zeros(2, "M8[s]")])
