@@ -80,12 +80,13 @@ def _convert(options: argparse.Namespace) -> None:
         allow=options.allow,
     )
     conversion = written.conversion
-    unknown = conversion.architecture.unknown if conversion.architecture else ()
+    is_shown = options.to == "paddle" and conversion.architecture is not None
+    unknown = conversion.architecture.unknown if is_shown else ()
     print(f"{options.source}: {_described(conversion)}")
     for line in conversion.report.lines(options.verbose):
         print(f"  {line}")
     for name in unknown:
-        print(f"  {name} is not visible in names or shapes: give it with --set {name}=VALUE")
+        print(f"  {name} is not visible in names or shapes: the weights are right whatever it is; --set {name}=VALUE")
     if options.verify:
         _verify(options, written)
     for note in written.notes:
