@@ -86,7 +86,7 @@ def _convert(options: argparse.Namespace) -> None:
     for line in conversion.report.lines(options.verbose):
         print(f"  {line}")
     for name in unknown:
-        print(f"  {name} is not visible in names or shapes: the weights are right whatever it is; --set {name}=VALUE")
+        print(f"  {name} is not visible in names or shapes, and the weights do not depend on it; --set {name}=VALUE tells it")
     if options.verify:
         _verify(options, written)
     for note in written.notes:
