@@ -118,10 +118,8 @@ def read(path: PathLike) -> Any:
 
 
 def read_weights(prefix: PathLike, widen: bool = True) -> dict[str, np.ndarray]:
-    """The state dict in ``{prefix}.pdparams`` (the suffix may be given): name -> array of numbers.
-
-    widen: bfloat16 becomes float32, which says the same; else it stays the uint16 that Paddle saves of it.
-    """
+    """The state dict in ``{prefix}.pdparams`` (the suffix may be given): name -> array of numbers; bfloat16 as float32
+    of the same value, or (``widen=False``) as the uint16 that Paddle saves."""
     path = with_suffix(prefix, PARAMS)
     state = read(path)
     if not isinstance(state, dict) or not state:

@@ -52,7 +52,7 @@ def assert_same(file, network, shape):
     results = ExportedNetwork(file)(batch)
     assert list(results) == list(network.outputs)
     for one, other in zip(results.values(), expected(network, batch)):
-        np.testing.assert_allclose(one, other, rtol=0, atol=5e-6)
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=5e-6)
 
 
 @pytest.fixture(params=["paddle", "onnx"])
@@ -92,8 +92,8 @@ def test_a_probe_gives_classes_and_the_backbone_s_features(file, export_type):
     batch = images(3, 32, 32)
     results = ExportedNetwork(file)(batch)
     backbone, logits = (f(paddle.to_tensor(batch)).numpy() for f in (probe.backbone, probe.predict))
-    np.testing.assert_allclose(results["features"], backbone, rtol=0, atol=5e-6)
-    np.testing.assert_allclose(results["logits"], logits, rtol=0, atol=5e-6)
+    np.testing.assert_allclose(results["features"], backbone, rtol=1e-5, atol=5e-6)
+    np.testing.assert_allclose(results["logits"], logits, rtol=1e-5, atol=5e-6)
     np.testing.assert_allclose(results["probabilities"].sum(1), 1, rtol=0, atol=1e-6)
     with pytest.raises(
         ExportError, match=r"takes images \[B, 3, 32, 32\], not \[1, 3, 40, 32\]".replace(", 32, 32", ", 32 x 32")
@@ -340,7 +340,7 @@ def test_a_probe_by_its_configuration(folder, tmp_path):
     tiny.checkpoint.load_weights(probe, tiny.checkpoint.read_weights(folder / "probe"))
     batch = np.stack([transform(dataset.load(index)) for index in range(len(dataset))])
     logits = probe.predict(paddle.to_tensor(batch)).numpy()
-    np.testing.assert_allclose(network(batch)["logits"], logits, rtol=0, atol=5e-6)
+    np.testing.assert_allclose(network(batch)["logits"], logits, rtol=1e-5, atol=5e-6)
 
 
 @pytest.mark.smoke

@@ -18,6 +18,7 @@ Convert weights between PyTorch and Paddle, without PyTorch and without executin
   passl-convert dino_deitsmall8_linearweights.pth probe --backbone dino_deitsmall8_pretrain.pth
   passl-convert output/DINO/latest dino.pth --to torch                         and back
   passl-convert weights.pth --verify                                           look and compare, write nothing
+  passl-convert weights.pth --verify recorded.npz                              the same without PyTorch
 
 Known: files of the official DINO (old and new), DINOv2, timm, torchvision, Lightning DINO, clemsgrs' patch and
 region models, PASSL, and passl's own. What a file is, is read off its names and shapes, and shown.
@@ -54,7 +55,9 @@ def _convert_parser() -> argparse.ArgumentParser:
     add("--allow", action="append", default=[], metavar="PATTERN", help="keys that may be left over: 'head.*'")
     add(
         "--verify", nargs="?", const=True, metavar="RECORDED.npz",
-        help="compare outputs: with PyTorch where that is installed, or with recorded arrays 'input' and 'output'",
+        help="compare outputs: with PyTorch where that is installed, running the original, or with a recording: arrays "
+        "'input' (or 'input_u8': bytes for value * 2**-6 - 2) and 'output' (or 'forward'), or pairs 'NAME/input', "
+        "'NAME/output'; outputs of the backbone (of a run the teacher's), or logits of a classifier",
     )  # fmt: skip
     add("--dry-run", action="store_true", help="show what SRC is and what would become of it, write nothing")
     add("-v", "--verbose", action="store_true", help="name all tensors that matched")
@@ -77,12 +80,13 @@ def _convert(options: argparse.Namespace) -> None:
         allow=options.allow,
     )
     conversion = written.conversion
-    unknown = conversion.architecture.unknown if conversion.architecture else ()
+    is_shown = options.to == "paddle" and conversion.architecture is not None
+    unknown = conversion.architecture.unknown if is_shown else ()
     print(f"{options.source}: {_described(conversion)}")
     for line in conversion.report.lines(options.verbose):
         print(f"  {line}")
     for name in unknown:
-        print(f"  {name} is not visible in names or shapes: give it with --set {name}=VALUE")
+        print(f"  {name} is not visible in names or shapes, and the weights do not depend on it; --set {name}=VALUE tells it")
     if options.verify:
         _verify(options, written)
     for note in written.notes:

@@ -59,43 +59,37 @@ def transformer(state: Weights, images: Tensor, unseen: Unseen, n: int) -> Optio
     if weights is None:
         return None
     if "phi.0.weight" in weights:
-        patches = F.gelu(_linear(weights, "phi.0", images.flatten(2).transpose(1, 2)))
-        rows, columns = images.shape[2:]
+        grid = F.gelu(_linear(weights, "phi.0", images.permute(0, 2, 3, 1))).permute(0, 3, 1, 2)
     else:
         kernel, bias = weights["patch_embed.proj.weight"], weights["patch_embed.proj.bias"]
         grid = F.conv2d(images, kernel, bias, stride=kernel.shape[-1])
-        patches, (rows, columns) = grid.flatten(2).transpose(1, 2), grid.shape[2:]
-    registers = weights.get("register_tokens", weights.get("reg_token"))
-    x = _with_positions(weights, patches, rows, columns, unseen.pos_embed_mode)
-    skipped = 0
-    if registers is not None:
-        skipped = registers.shape[1]
-        x = torch.cat([x[:, :1], registers.expand(len(x), -1, -1), x[:, 1:]], dim=1)
+    x = _with_positions(weights, grid, unseen.pos_embed_mode)
+    registers = weights.get("register_tokens", weights.get("reg_token", x[:1, :0]))
+    x = torch.cat([x[:, :1], registers.expand(len(x), -1, -1), x[:, 1:]], dim=1)
     outputs = []
     for prefix in _block_prefixes(weights):
         x = _block(_below(weights, prefix), x, unseen)
-        outputs.append(_layer_norm(weights, "norm", torch.cat([x[:, :1], x[:, 1 + skipped :]], dim=1), unseen.epsilon))
+        tokens = torch.cat([x[:, :1], x[:, 1 + registers.shape[1] :]], dim=1)
+        outputs.append(_layer_norm(weights, "norm", tokens, unseen.epsilon))
     return outputs[-n:]
 
 
-def _with_positions(weights: Weights, patches: Tensor, rows: int, columns: int, mode: Optional[str]) -> Tensor:
-    positions = weights["pos_embed"]
+def _with_positions(weights: Weights, grid: Tensor, mode: Optional[str]) -> Tensor:
+    """[B, D, rows, columns] -> [B, 1+N, D]"""
+    patches, cls_token = grid.flatten(2).transpose(1, 2), weights["cls_token"].expand(len(grid), -1, -1)
+    positions, size = weights["pos_embed"], grid.shape[2:]
+    if math.isqrt(positions.shape[1]) ** 2 != positions.shape[1]:  # timm's ViTs with registers have none for [CLS]
+        cls_token, positions = cls_token + positions[:, :1], positions[:, 1:]
     side = math.isqrt(positions.shape[1])
-    cls_token = weights["cls_token"].expand(len(patches), -1, -1)
-    if side * side == positions.shape[1]:  # timm's ViTs with registers: none for [CLS]
-        cls_position, grid = torch.zeros_like(positions[:, :1]), positions
-    else:
-        side = math.isqrt(positions.shape[1] - 1)
-        cls_position, grid = positions[:, :1], positions[:, 1:]
-    if (rows, columns) != (side, side):
-        grid = grid.reshape(1, side, side, -1).permute(0, 3, 1, 2)
+    if tuple(size) != (side, side):
+        resized = positions.reshape(1, side, side, -1).permute(0, 3, 1, 2)
         if mode == "scale":  # DINO, and DINOv2 without registers
-            factors = ((rows + 0.1) / side, (columns + 0.1) / side)
-            grid = F.interpolate(grid, scale_factor=factors, mode="bicubic")
+            factors = tuple((length + 0.1) / side for length in size)
+            resized = F.interpolate(resized, scale_factor=factors, mode="bicubic")
         else:  # DINOv2 with registers has antialiasing, clemsgrs has not
-            grid = F.interpolate(grid, size=(rows, columns), mode="bicubic", antialias=mode == "antialias")
-        grid = grid.permute(0, 2, 3, 1).flatten(1, 2)
-    return torch.cat([cls_token + cls_position, patches + grid], dim=1)
+            resized = F.interpolate(resized, size=tuple(size), mode="bicubic", antialias=mode == "antialias")
+        positions = resized.flatten(2).transpose(1, 2)
+    return torch.cat([cls_token, patches + positions], dim=1)
 
 
 def _block_prefixes(weights: Weights) -> list[str]:
@@ -114,8 +108,9 @@ def _block(weights: Weights, x: Tensor, unseen: Unseen) -> Tensor:
 
 def _query_key_value(weights: Weights, x: Tensor, heads: int) -> Tensor:
     """[B, N, D] -> [3, B, heads, N, D/heads]"""
-    batch, tokens, width = x.shape
-    return _linear(weights, "attn.qkv", x).reshape(batch, tokens, 3, heads, width // heads).permute(2, 0, 3, 1, 4)
+    names = ["attn.qkv"] if "attn.qkv.weight" in weights else ["attn.q", "attn.k", "attn.v"]  # timm's XCiT
+    qkv = torch.cat([_linear(weights, name, x) for name in names], dim=-1)
+    return qkv.unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4)
 
 
 def _feed_forward(weights: Weights, x: Tensor) -> Tensor:

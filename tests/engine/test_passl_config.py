@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-import paddle
+import shutil
+
 import pytest
 
+from passl import checkpoint
 from passl.config import ConfigError, load
+from passl.convert import convert, save_torch
+from passl.convert.layout import slots
 from passl.engine.passl_config import translate
 from passl.engine.run import checked
-from passl.models import vit_small
+from passl.registry import BACKBONES
 from tests.engine import tiny
 
 # Written from PASSL's description of its keys; {numbers} are what its four files differ in.
@@ -211,23 +215,41 @@ def test_a_section_that_is_none_is_named(tmp_path, key):
         checked(load(write(tmp_path, "s16"), [f"{key}=text"]), training=True)
 
 
-def test_a_published_file_trains(tmp_path):
-    tiny.write_images(tmp_path, train=2, val=1, size=64)
-    paddle.save(vit_small(patch_size=16).state_dict(), str(tmp_path / "weights.pdparams"))
-    options = {
-        "Global__pretrained_model": tmp_path / "weights",
-        "Global__device": "cpu",
-        "Global__epochs": 1,
-        "Global__output_dir": tmp_path / "out",
-        "FP16__level": "O0",
-        "Model__num_classes": 3,
-        "DataLoader__Train__dataset__root": tmp_path / "train",
-        "DataLoader__Eval__dataset__root": tmp_path / "val",
-        "DataLoader__Train__sampler__batch_size": 3,
-        "DataLoader__Train__loader__num_workers": 0,
-        "DataLoader__Eval__loader__num_workers": 0,
-    }
-    done = tiny.run(tiny.TRAIN, "-c", write(tmp_path, "s16"), *tiny.overrides(**options))
+@pytest.mark.parametrize("key", [pytest.param(key, marks=[] if key == "s16" else pytest.mark.slow) for key in FILES])
+def test_published_files_train_from_an_official_file_at_a_prefix(tmp_path, reference, key):
+    """As PASSL's README has it: its overrides, a converted prefix, images in two class folders."""
+    pictures = sorted((reference / "aug_images").glob("*.jpg"))[:8]
+    for number, picture in enumerate(pictures):
+        for split in ("train", "val"):
+            target = tmp_path / split / f"class{number % 2}" / picture.name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(picture, target)
+    model = checked(load(write(tmp_path, key)), training=True)["Model"]["backbone"]
+    network = BACKBONES.get(model["name"])(patch_size=model["patch_size"])
+    values = network.state_dict()
+    save_torch({s.torch_name: s.to_torch(values[s.name].numpy()) for s in slots(network)}, tmp_path / "official.pth")
+    convert(tmp_path / "official.pth", tmp_path / "pretrained/dino/official")
+    (tmp_path / "official.pth").unlink()
+    steps = 3 if key == "s16" else 21
+    published = tiny.overrides(
+        Global__print_batch_step=20,
+        Global__max_train_step=steps,
+        Global__flags__FLAGS_cudnn_deterministic=1,
+        Global__pretrained_model=tmp_path / "pretrained/dino/official",
+    )
+    ours = tiny.overrides(
+        Global__device="cpu",
+        FP16__level="O0",
+        Global__output_dir=tmp_path / "out",
+        DataLoader__Train__dataset__root=tmp_path / "train",
+        DataLoader__Eval__dataset__root=tmp_path / "val",
+        DataLoader__Train__sampler__batch_size=2,
+        DataLoader__Train__loader__num_workers=1,
+        DataLoader__Eval__loader__num_workers=1,
+    )
+    done = tiny.run(tiny.TRAIN, "-c", tmp_path / f"{key}.yaml", *published, *ours)
     assert done.returncode == 0, done.stderr
-    assert "keys matched" in done.stderr
-    assert (tmp_path / "out/dino_deit_small16_linearprobe/latest.pdparams").is_file()
+    assert "150 of 150 keys matched" in done.stderr
+    assert "[best metric: " in done.stderr
+    name = FILES[key]["name"]
+    assert checkpoint.read_states(tmp_path / f"out/{name}_linearprobe/latest")["step"] == steps

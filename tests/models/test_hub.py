@@ -15,6 +15,8 @@ import pytest
 
 from passl import convert
 from passl.checkpoint import CheckpointError
+from passl.convert import save_torch
+from passl.convert.layout import slots
 from passl.download import DownloadError
 from passl.models import hub, vit_small
 
@@ -123,6 +125,19 @@ def test_importing_the_models_does_not_import_the_converter():
 
 
 # --- the weights ---
+
+
+def test_an_official_file_is_converted(server, weights, tmp_path, monkeypatch):
+    shapes = slots(vit_small(patch_size=16))
+    save_torch({slot.torch_name: slot.to_torch(weights[slot.name]) for slot in shapes}, tmp_path / "official.pth")
+    server.content = (tmp_path / "official.pth").read_bytes()
+    server.announced = len(server.content)
+    model = hub.OFFICIAL["dino_vits16"]
+    monkeypatch.setitem(hub.OFFICIAL, "dino_vits16", model._replace(address=server.address("official.pth")))
+    assert_has(hub.dino_vits16(pretrained=True, cache_dir=tmp_path / "cache"), weights)
+    assert_has(hub.dino_vits16(pretrained=tmp_path / "official"), weights)
+    with pytest.raises(ValueError, match=r"holds vit_small\(patch_size=16\), .* dino_vits8: use dino_vits16"):
+        hub.dino_vits8(pretrained=tmp_path / "official.pth")
 
 
 @pytest.mark.smoke
