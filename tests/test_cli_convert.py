@@ -42,6 +42,23 @@ def test_a_dry_run_writes_nothing(reference, tmp_path, capsys, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_nothing_is_written_when_the_outputs_differ(reference, tmp_path, capsys):
+    about = json.loads((reference / "vit_meta.json").read_text())["vit_p16"]
+    output = np.full([1, about["embed_dim"]], 1e3, np.float32)
+    np.savez(tmp_path / "recorded.npz", input=np.zeros([1, 3, 224, 224], np.float32), output=output)
+    with pytest.raises(SystemExit):
+        convert_main(
+            [
+                str(reference / "vit_p16_backbone.pth"),
+                str(tmp_path / "vit"),
+                *("--set", f"num_heads={about['num_heads']}"),
+                *("--verify", str(tmp_path / "recorded.npz")),
+            ]
+        )
+    assert "differ" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["recorded.npz"]
+
+
 def test_a_folder_takes_the_name_of_the_source(reference, tmp_path):
     convert_main([str(reference / "vit_p8_backbone.pth"), f"{tmp_path}/new/"])
     assert (tmp_path / "new/vit_p8_backbone.pdparams").is_file()

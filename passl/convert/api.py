@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Optional, Union
 
@@ -57,6 +57,7 @@ def convert(
     checkpoint_key: Optional[str] = None,
     backbone: Optional[PathLike] = None,
     allow: Sequence[str] = (),
+    check: Optional[Callable[[Conversion], None]] = None,
 ) -> Written:
     """Convert a file of weights to Paddle's, PyTorch's or the safetensors format.
 
@@ -69,6 +70,7 @@ def convert(
         checkpoint_key: "teacher" or "student": only the backbone of that network of a run.
         backbone: file of the backbone below a linear classifier; together they make a whole probe.
         allow: patterns of keys that may be left over.
+        check: called before anything is written, with what will be; what it raises prevents it.
 
     Raises:
         CheckpointFormatError, CheckpointError: a file is missing or damaged, or does not become known weights: nothing
@@ -84,6 +86,8 @@ def convert(
         conversion.report.check(str(conversion.architecture or conversion.model))
     except ConversionError as error:
         raise ConversionError(f"{opened.path}: {error}") from None
+    if check is not None:
+        check(conversion)
     if destination is None:
         return Written(conversion, [], [])
     target = _target(opened.path, Path(destination).expanduser(), str(destination), to)
