@@ -15,8 +15,9 @@ from paddle import nn
 import passl
 from passl import checkpoint
 from passl.config import to_yaml
+from passl.convert.atomic import replacing
 from passl.convert.conversion import Conversion, Options, convert_source
-from passl.convert.official_run import resume_state
+from passl.convert.official_run import ResumeState, resume_state
 from passl.convert.paddle_writer import save_pdparams
 from passl.convert.report import ConversionError
 from passl.convert.safetensors import save_safetensors
@@ -24,8 +25,10 @@ from passl.convert.source import Source, open_source
 from passl.convert.to_torch import official_files, state_dict
 from passl.convert.torch_writer import save_torch
 
+_WRITTEN_SUFFIXES = (".pth", ".pt", ".pth.tar", ".tar", ".ckpt", ".bin")
 TARGETS = ("paddle", "torch", "safetensors")
-SIDECAR = ".json"  # beside converted weights: what they are, and what Paddle has no place for
+RECIPE, _RECIPE_MARK = ".yaml", "# Made by passl-convert"
+SIDECAR = ".convert.json"  # beside converted weights: what they are, and what Paddle has no place for
 
 logger = logging.getLogger("passl")
 PathLike = Union[str, Path]
@@ -79,7 +82,8 @@ def convert(
     if to not in TARGETS:
         raise ConversionError(f"--to ({to!r}) must be one of {', '.join(TARGETS)}")
     opened = open_source(source, bfloat16="bits")
-    options = Options(kind, arch, arguments or {}, None, checkpoint_key, allow)
+    told = {**({} if arch else _kept_arguments(opened)), **(arguments or {})}
+    options = Options(kind, arch, told, None, checkpoint_key, allow)
     below = open_source(backbone, bfloat16="bits") if backbone else None
     try:
         conversion = convert_source(opened, options, below)
@@ -146,47 +150,66 @@ def _target(source: Path, destination: Path, text: str, to: str) -> Path:
         destination = destination / source.name.partition(".")[0]
     if to == "paddle":
         target = checkpoint.with_suffix(destination, "")
-        _check_free(checkpoint.with_suffix(target, checkpoint.STATES))
+        _check_free(target)
         written = checkpoint.with_suffix(target, checkpoint.PARAMS)
     else:
-        known = (".pth", ".pt", ".tar", ".ckpt", ".bin") if to == "torch" else (suffix,)
+        known = _WRITTEN_SUFFIXES if to == "torch" else (suffix,)
         target = written = destination if destination.name.endswith(known) else Path(f"{destination}{suffix}")
     if written.exists() and written.samefile(source):
         raise ConversionError(f"{written} is the source itself: give another destination")
     return target
 
 
-def _check_free(states: Path) -> None:
-    """A converted file may be written again; a run's own checkpoint may not be lost."""
+def _check_free(prefix: Path) -> None:
+    """Converted files may be written again; a run's own checkpoint and a user's configuration may not be lost."""
+    states, recipe = checkpoint.with_suffix(prefix, checkpoint.STATES), Path(f"{prefix}{RECIPE}")
     if states.exists() and not checkpoint.read(states).get("converted"):
         raise ConversionError(f"{states}: a checkpoint of a run is there: give another destination")
+    if recipe.exists() and not recipe.read_bytes().startswith(_RECIPE_MARK.encode()):
+        raise ConversionError(f"{recipe}: a configuration is there: give another destination")
 
 
 def _write_paddle(source: Source, conversion: Conversion, prefix: Path) -> tuple[list[Path], list[str]]:
-    path = {s: checkpoint.with_suffix(prefix, s) for s in (checkpoint.PARAMS, checkpoint.OPTIMIZER, checkpoint.STATES)}
-    save_pdparams(conversion.state, path[checkpoint.PARAMS])
-    files, notes = [path[checkpoint.PARAMS]], []
+    params = checkpoint.with_suffix(prefix, checkpoint.PARAMS)
+    save_pdparams(conversion.state, params)
+    files, notes = [params], []
     if conversion.kind == "run":
         try:
             resume = resume_state(source, conversion)
         except ConversionError as error:
             notes.append(f"the run cannot be continued from here ({error}); use it as Global.pretrained_model")
         else:
-            save_pdparams(resume.optimizer, path[checkpoint.OPTIMIZER])
-            recipe = to_yaml(resume.recipe) if resume.recipe else ""
-            checksums = {s: checkpoint.checksum(path[s]) for s in (checkpoint.PARAMS, checkpoint.OPTIMIZER)}
-            save_pdparams({**resume.states, "config": recipe, "checksums": checksums}, path[checkpoint.STATES])
-            files += [path[checkpoint.OPTIMIZER], path[checkpoint.STATES]]
-            if recipe:
-                files.append(Path(f"{prefix}.yaml"))
-                header = (
-                    f"# How the run in {source.path.name} was trained; made by passl-convert.\n# Continue it with:\n"
-                )
-                command = f"#   passl-train -c {files[-1]} -o Global.checkpoint={prefix}\n"
-                files[-1].write_text(header + command + recipe, encoding="utf-8")
+            files += _write_resume(resume, prefix)
+            if resume.recipe:
+                files.append(_write_recipe(source, resume.recipe, prefix))
+            elif conversion.architecture and conversion.architecture.unknown:
+                given = " ".join(f"--set {name}=VALUE" for name in conversion.architecture.unknown)
+                notes.append(f"no configuration is written, as the architecture does not all show in the file: {given}")
     sidecar = Path(f"{prefix}{SIDECAR}")
-    sidecar.write_text(json.dumps(_description(source, conversion), indent=1) + "\n", encoding="utf-8")
+    _write_text(sidecar, json.dumps(_description(source, conversion), indent=1) + "\n")
     return [*files, sidecar], notes
+
+
+def _write_resume(resume: ResumeState, prefix: Path) -> list[Path]:
+    path = {s: checkpoint.with_suffix(prefix, s) for s in (checkpoint.PARAMS, checkpoint.OPTIMIZER, checkpoint.STATES)}
+    save_pdparams(resume.optimizer, path[checkpoint.OPTIMIZER])
+    checksums = {s: checkpoint.checksum(path[s]) for s in (checkpoint.PARAMS, checkpoint.OPTIMIZER)}
+    config = to_yaml(resume.recipe) if resume.recipe else ""
+    save_pdparams({**resume.states, "config": config, "checksums": checksums}, path[checkpoint.STATES])
+    return [path[checkpoint.OPTIMIZER], path[checkpoint.STATES]]
+
+
+def _write_recipe(source: Source, recipe: Mapping[str, Any], prefix: Path) -> Path:
+    path = Path(f"{prefix}{RECIPE}")
+    command = f"#   passl-train -c {path} -o Global.checkpoint={prefix}\n"
+    header = f"{_RECIPE_MARK}, how the run in {source.path.name} was trained. To continue it:\n"
+    _write_text(path, header + command + to_yaml(recipe))
+    return path
+
+
+def _write_text(path: Path, text: str) -> None:
+    with replacing(path) as file:
+        file.write(text.encode("utf-8"))
 
 
 def _description(source: Source, conversion: Conversion) -> dict[str, Any]:
@@ -211,10 +234,14 @@ def _write_torch(source: Source, conversion: Conversion, path: Path) -> tuple[li
         except checkpoint.CheckpointError as error:
             notes.append(f"without optimizer and epoch: {error}")
     elif conversion.kind == "run":
-        optimizer, states, _ = resume_state(source, conversion)
+        try:
+            optimizer, states, _ = resume_state(source, conversion)
+        except ConversionError as error:
+            notes.append(f"without optimizer and epoch: {error}")
     files = []
-    for suffix, value in official_files(conversion, optimizer, states, counters).items():
-        files.append(path.with_name(path.name.replace(".", f"{suffix}.", 1)) if suffix else path)
+    suffix = next(known for known in _WRITTEN_SUFFIXES if path.name.endswith(known))
+    for part, value in official_files(conversion, optimizer, states, counters).items():
+        files.append(path.with_name(f"{path.name[: -len(suffix)]}{part}{suffix}"))
         save_torch(value, files[-1])
     return files, notes
 
@@ -230,14 +257,29 @@ def _write_safetensors(source: Source, conversion: Conversion, path: Path) -> tu
 
 def _kept_counters(source: Source) -> dict[str, int]:
     """Counters of batch norms that an earlier conversion left beside the weights."""
+    counters = _kept(source).get("counters", {})
+    return {str(name): int(value) for name, value in counters.items()}
+
+
+def _kept_arguments(source: Source) -> dict[str, Any]:
+    """Arguments of the architecture that no weights show, and that an earlier conversion was told."""
+    model = _kept(source).get("model", {})
+    section = model.get("backbone", model)
+    return {key: section[key] for key in ("num_heads", "tokens_norm", "pos_embed_mode") if key in section}
+
+
+def _kept(source: Source) -> dict[str, Any]:
     path = Path(f"{checkpoint.with_suffix(source.path, '')}{SIDECAR}")
     if source.layout != "paddle" or not path.is_file():
         return {}
     try:
-        counters = json.loads(path.read_text(encoding="utf-8")).get("counters", {})
-        return {str(name): int(value) for name, value in counters.items()}
-    except (ValueError, AttributeError, TypeError) as error:
-        raise ConversionError(f"{path}: damaged ({error}); without it, batch norms count from 0") from error
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        valid = all(isinstance(kept.get(key, {}), dict) for key in ("counters", "model"))
+    except (ValueError, AttributeError) as error:
+        raise ConversionError(f"{path}: damaged ({error}); remove it to go on without what it tells") from error
+    if not valid:
+        raise ConversionError(f"{path}: not written by passl-convert; remove it to go on without what it tells")
+    return kept
 
 
 def _sha256(path: Path) -> str:
