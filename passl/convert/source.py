@@ -74,7 +74,12 @@ class Source:
 
     @property
     def is_clemsgrs(self) -> bool:
-        """Whether it is a run of clemsgrs on one process: theirs has no arguments, and no DistributedDataParallel."""
+        """Whether it is a run of clemsgrs on one process: theirs has no arguments, and no DistributedDataParallel.
+
+        Neither has passl's own, which is in Paddle's layout.
+        """
+        if self.layout != "torch":
+            return False
         keys = {"student", "teacher", "dino_loss"}
         bare = all(not entry.key.startswith("student.module.") for entry in self.entries)
         return {entry.key.partition(".")[0] for entry in self.entries} == keys and "args" not in self.aside and bare
