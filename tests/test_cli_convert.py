@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -76,3 +77,34 @@ def test_a_run_s_own_checkpoint_is_not_overwritten(reference, tmp_path, capsys):
         convert_main([str(reference / "vit_p16_backbone.pth"), str(tmp_path / "latest")])
     assert "a checkpoint of a run is there" in capsys.readouterr().err
     assert list(checkpoint.read_weights(tmp_path / "latest")) == ["w"]
+
+
+def test_what_others_wrote_is_not_overwritten(reference, tmp_path, capsys):
+    """Paddle calls its programs PREFIX.json; ours may be written again."""
+    source = str(reference / "vit_p16_backbone.pth")
+    for _ in range(2):
+        convert_main([source, str(tmp_path / "mine")])
+    (tmp_path / "other.json").write_text('{"base_code": {}}')
+    with pytest.raises(SystemExit):
+        convert_main([source, str(tmp_path / "other")])
+    assert "other.json is there, and not of passl-convert" in capsys.readouterr().err
+    assert not (tmp_path / "other.pdparams").exists()
+    assert (tmp_path / "other.json").read_text() == '{"base_code": {}}'
+
+
+def test_what_verifies_not_is_not_written(reference, tmp_path, capsys):
+    recording = {"input": np.zeros((1, 3, 224, 224), np.float32), "output": np.ones((1, 1), np.float32)}
+    np.savez(tmp_path / "recorded.npz", **recording)
+    source = str(reference / "vit_p16_backbone.pth")
+    with pytest.raises(SystemExit):
+        convert_main(
+            [source, str(tmp_path / "vit"), "--verify", str(tmp_path / "recorded.npz"), "--set", "num_heads=2"]
+        )
+    assert "recorded.npz has [1, 1]" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["recorded.npz"]
+
+
+def test_a_name_keeps_its_dots(reference, tmp_path):
+    source = shutil.copy(reference / "vit_p16_backbone.pth", tmp_path / "vit.v1.2.pth.tar")
+    convert_main([str(source), f"{tmp_path}/new/"])
+    assert (tmp_path / "new/vit.v1.2.pdparams").is_file()

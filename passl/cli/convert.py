@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Optional
 
 from passl.cli.common import RUN_ERROR, import_paddle, new_parser, stop
@@ -67,10 +68,9 @@ def _convert_parser() -> argparse.ArgumentParser:
 def _convert(options: argparse.Namespace) -> None:
     from passl.convert import convert
 
-    destination = None if options.dry_run else options.destination
-    written = convert(
+    convert_to = partial(
+        convert,
         options.source,
-        destination,
         to=options.to,
         kind=options.kind,
         arch=options.arch,
@@ -79,6 +79,9 @@ def _convert(options: argparse.Namespace) -> None:
         backbone=options.backbone,
         allow=options.allow,
     )
+    destination = None if options.dry_run else options.destination
+    # What is to be verified is written only afterwards.
+    written = convert_to(None if options.verify else destination)
     conversion = written.conversion
     unknown = conversion.architecture.unknown if conversion.architecture else ()
     print(f"{options.source}: {_described(conversion)}")
@@ -87,7 +90,8 @@ def _convert(options: argparse.Namespace) -> None:
     for name in unknown:
         print(f"  {name} is not visible in names or shapes: give it with --set {name}=VALUE")
     if options.verify:
-        _verify(options, written)
+        _verify(options, conversion)
+        written = convert_to(destination) if destination else written
     for note in written.notes:
         print(f"note: {note}")
     for file in written.files:
@@ -121,9 +125,9 @@ def _settings(texts: Sequence[str]) -> dict[str, Any]:
     return settings
 
 
-def _verify(options: argparse.Namespace, written: Any) -> None:
+def _verify(options: argparse.Namespace, conversion: Any) -> None:
     from passl.convert.verify import verify
 
     recorded = None if options.verify is True else options.verify
-    for line in verify(options.source, written.conversion, recorded, options.backbone):
+    for line in verify(options.source, conversion, recorded, options.backbone):
         print(f"  {line}")

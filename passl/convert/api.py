@@ -15,17 +15,19 @@ from paddle import nn
 import passl
 from passl import checkpoint
 from passl.config import to_yaml
+from passl.convert.atomic import replacing
 from passl.convert.conversion import Conversion, Options, convert_source
 from passl.convert.official_run import resume_state
 from passl.convert.paddle_writer import save_pdparams
 from passl.convert.report import ConversionError
 from passl.convert.safetensors import save_safetensors
-from passl.convert.source import Source, open_source
+from passl.convert.source import Source, open_source, stem
 from passl.convert.to_torch import official_files, state_dict
 from passl.convert.torch_writer import save_torch
 
 TARGETS = ("paddle", "torch", "safetensors")
 SIDECAR = ".json"  # beside converted weights: what they are, and what Paddle has no place for
+RECIPE = ".yaml"  # beside a converted run: how it was trained
 
 logger = logging.getLogger("passl")
 PathLike = Union[str, Path]
@@ -86,7 +88,8 @@ def convert(
         raise ConversionError(f"{opened.path}: {error}") from None
     if destination is None:
         return Written(conversion, [], [])
-    target = _target(opened.path, Path(destination).expanduser(), str(destination), to)
+    sources = [source.path for source in (opened, below) if source]
+    target = _target(sources, Path(destination).expanduser(), str(destination), to)
     target.parent.mkdir(parents=True, exist_ok=True)
     write = {"paddle": _write_paddle, "torch": _write_torch, "safetensors": _write_safetensors}[to]
     files, notes = write(opened, conversion, target)
@@ -135,27 +138,32 @@ def _checked(source: Source, options: Options) -> Conversion:
 # --- writing ---------------------------------------------------------------------------------------------------------
 
 
-def _target(source: Path, destination: Path, text: str, to: str) -> Path:
+def _target(sources: Sequence[Path], destination: Path, text: str, to: str) -> Path:
     """Where to write: a prefix for Paddle, a file for the others."""
     suffix = {"paddle": "", "torch": ".pth", "safetensors": ".safetensors"}[to]
     if destination.is_dir() or text.endswith("/"):
-        destination = destination / source.name.partition(".")[0]
+        destination = destination / stem(sources[0])
     if to == "paddle":
         target = checkpoint.with_suffix(destination, "")
-        _check_free(checkpoint.with_suffix(target, checkpoint.STATES))
+        _check_free(target)
         written = checkpoint.with_suffix(target, checkpoint.PARAMS)
     else:
         known = (".pth", ".pt", ".tar", ".ckpt", ".bin") if to == "torch" else (suffix,)
         target = written = destination if destination.name.endswith(known) else Path(f"{destination}{suffix}")
-    if written.exists() and written.samefile(source):
+    if any(written.exists() and written.samefile(source) for source in sources):
         raise ConversionError(f"{written} is the source itself: give another destination")
     return target
 
 
-def _check_free(states: Path) -> None:
-    """A converted file may be written again; a run's own checkpoint may not be lost."""
+def _check_free(prefix: Path) -> None:
+    """A converted file may be written again; a run's own checkpoint, and what others wrote, may not be lost."""
+    states = checkpoint.with_suffix(prefix, checkpoint.STATES)
     if states.exists() and not checkpoint.read(states).get("converted"):
         raise ConversionError(f"{states}: a checkpoint of a run is there: give another destination")
+    for suffix, mark in ((SIDECAR, b'{\n "passl":'), (RECIPE, b"# How the run in")):
+        beside = Path(f"{prefix}{suffix}")
+        if beside.exists() and not (beside.is_file() and beside.read_bytes().startswith(mark)):
+            raise ConversionError(f"{beside} is there, and not of passl-convert: give another destination")
 
 
 def _write_paddle(source: Source, conversion: Conversion, prefix: Path) -> tuple[list[Path], list[str]]:
@@ -174,15 +182,20 @@ def _write_paddle(source: Source, conversion: Conversion, prefix: Path) -> tuple
             save_pdparams({**resume.states, "config": recipe, "checksums": checksums}, path[checkpoint.STATES])
             files += [path[checkpoint.OPTIMIZER], path[checkpoint.STATES]]
             if recipe:
-                files.append(Path(f"{prefix}.yaml"))
+                files.append(Path(f"{prefix}{RECIPE}"))
                 header = (
                     f"# How the run in {source.path.name} was trained; made by passl-convert.\n# Continue it with:\n"
                 )
                 command = f"#   passl-train -c {files[-1]} -o Global.checkpoint={prefix}\n"
-                files[-1].write_text(header + command + recipe, encoding="utf-8")
+                _write_text(header + command + recipe, files[-1])
     sidecar = Path(f"{prefix}{SIDECAR}")
-    sidecar.write_text(json.dumps(_description(source, conversion), indent=1) + "\n", encoding="utf-8")
+    _write_text(json.dumps(_description(source, conversion), indent=1) + "\n", sidecar)
     return [*files, sidecar], notes
+
+
+def _write_text(text: str, path: Path) -> None:
+    with replacing(path) as file:
+        file.write(text.encode())
 
 
 def _description(source: Source, conversion: Conversion) -> dict[str, Any]:
@@ -210,7 +223,7 @@ def _write_torch(source: Source, conversion: Conversion, path: Path) -> tuple[li
         optimizer, states, _ = resume_state(source, conversion)
     files = []
     for suffix, value in official_files(conversion, optimizer, states, counters).items():
-        files.append(path.with_name(path.name.replace(".", f"{suffix}.", 1)) if suffix else path)
+        files.append(path.with_name(f"{stem(path)}{suffix}{path.name[len(stem(path)) :]}"))
         save_torch(value, files[-1])
     return files, notes
 

@@ -140,6 +140,12 @@ def find_file(path: Union[str, Path]) -> Path:
     return Path(found[0])
 
 
+def stem(path: Path) -> str:
+    """The name of a file of weights without its suffix: of ``a.b.pth.tar``, ``a.b``."""
+    suffix = max((suffix for suffix in _SUFFIXES if path.name.endswith(suffix)), key=len, default="")
+    return path.name[: len(path.name) - len(suffix)]
+
+
 def open_source(path: Union[str, Path], bfloat16: str = "float32") -> Source:
     """Read a file of weights of any known origin; ``path`` may be a prefix.
 
