@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -99,7 +100,7 @@ def test_a_configuration_of_the_user_s_is_not_overwritten(reference, tmp_path, c
     (tmp_path / "mine.yaml").write_text("Global: {}")
     with pytest.raises(SystemExit):
         convert_main([str(reference / "full_checkpoint.pth"), str(tmp_path / "mine"), "--set", "num_heads=3"])
-    assert "mine.yaml: a configuration is there" in capsys.readouterr().err
+    assert "mine.yaml is there, and not of passl-convert" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["mine.yaml"]
 
 
@@ -123,3 +124,9 @@ def test_a_probe_goes_back_as_the_two_official_files(reference, tmp_path):
     for name, value in before.items():
         np.testing.assert_array_equal(head["state_dict"][name], value, err_msg=name)
     assert "cls_token" in backbone
+
+
+def test_a_name_keeps_its_dots(reference, tmp_path):
+    source = shutil.copy(reference / "vit_p16_backbone.pth", tmp_path / "vit.v1.2.pth.tar")
+    convert_main([str(source), f"{tmp_path}/new/"])
+    assert (tmp_path / "new/vit.v1.2.pdparams").is_file()

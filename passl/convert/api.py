@@ -21,7 +21,7 @@ from passl.convert.official_run import ResumeState, resume_state
 from passl.convert.paddle_writer import save_pdparams
 from passl.convert.report import ConversionError
 from passl.convert.safetensors import save_safetensors
-from passl.convert.source import Source, open_source
+from passl.convert.source import Source, open_source, stem
 from passl.convert.to_torch import official_files, state_dict
 from passl.convert.torch_writer import save_torch
 
@@ -94,7 +94,8 @@ def convert(
         check(conversion)
     if destination is None:
         return Written(conversion, [], [])
-    target = _target(opened.path, Path(destination).expanduser(), str(destination), to)
+    sources = [source.path for source in (opened, below) if source]
+    target = _target(sources, Path(destination).expanduser(), str(destination), to)
     target.parent.mkdir(parents=True, exist_ok=True)
     write = {"paddle": _write_paddle, "torch": _write_torch, "safetensors": _write_safetensors}[to]
     files, notes = write(opened, conversion, target)
@@ -143,11 +144,11 @@ def _checked(source: Source, options: Options) -> Conversion:
 # --- writing ---------------------------------------------------------------------------------------------------------
 
 
-def _target(source: Path, destination: Path, text: str, to: str) -> Path:
+def _target(sources: Sequence[Path], destination: Path, text: str, to: str) -> Path:
     """Where to write: a prefix for Paddle, a file for the others."""
     suffix = {"paddle": "", "torch": ".pth", "safetensors": ".safetensors"}[to]
     if destination.is_dir() or text.endswith("/"):
-        destination = destination / source.name.partition(".")[0]
+        destination = destination / stem(sources[0])
     if to == "paddle":
         target = checkpoint.with_suffix(destination, "")
         _check_free(target)
@@ -155,7 +156,7 @@ def _target(source: Path, destination: Path, text: str, to: str) -> Path:
     else:
         known = _WRITTEN_SUFFIXES if to == "torch" else (suffix,)
         target = written = destination if destination.name.endswith(known) else Path(f"{destination}{suffix}")
-    if written.exists() and written.samefile(source):
+    if any(written.exists() and written.samefile(source) for source in sources):
         raise ConversionError(f"{written} is the source itself: give another destination")
     return target
 
@@ -165,8 +166,9 @@ def _check_free(prefix: Path) -> None:
     states, recipe = checkpoint.with_suffix(prefix, checkpoint.STATES), Path(f"{prefix}{RECIPE}")
     if states.exists() and not checkpoint.read(states).get("converted"):
         raise ConversionError(f"{states}: a checkpoint of a run is there: give another destination")
-    if recipe.exists() and not recipe.read_bytes().startswith(_RECIPE_MARK.encode()):
-        raise ConversionError(f"{recipe}: a configuration is there: give another destination")
+    for path, mark in ((recipe, _RECIPE_MARK.encode()), (Path(f"{prefix}{SIDECAR}"), b'{\n "passl":')):
+        if path.exists() and not (path.is_file() and path.read_bytes().startswith(mark)):
+            raise ConversionError(f"{path} is there, and not of passl-convert: give another destination")
 
 
 def _write_paddle(source: Source, conversion: Conversion, prefix: Path) -> tuple[list[Path], list[str]]:
@@ -239,9 +241,9 @@ def _write_torch(source: Source, conversion: Conversion, path: Path) -> tuple[li
         except ConversionError as error:
             notes.append(f"without optimizer and epoch: {error}")
     files = []
-    suffix = next(known for known in _WRITTEN_SUFFIXES if path.name.endswith(known))
+    name = stem(path)
     for part, value in official_files(conversion, optimizer, states, counters).items():
-        files.append(path.with_name(f"{path.name[: -len(suffix)]}{part}{suffix}"))
+        files.append(path.with_name(f"{name}{part}{path.name[len(name) :]}"))
         save_torch(value, files[-1])
     return files, notes
 

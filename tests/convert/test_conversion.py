@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import functools
 import json
 from collections import OrderedDict
@@ -368,6 +369,14 @@ def test_a_run_of_clemsgrs_resizes_positions_their_way(tmp_path):
         tensors["student"] = prefixed(prefix, tensors["student"])
         conversion = converted(save({"epoch": 1, "optimizer": {"state": {}}, **tensors}, tmp_path))
         assert conversion.model["backbone"].get("pos_embed_mode") == mode
+
+
+@pytest.mark.smoke
+def test_a_run_of_passl_resizes_positions_the_official_way(tmp_path):
+    """It has neither arguments nor `module.`, as clemsgrs' snapshots, and comes from Paddle."""
+    run = {"epoch": 1, "args": argparse.Namespace(), **run_state()}
+    convert(save(run, tmp_path), tmp_path / "run")
+    assert converted(tmp_path / "run").model["backbone"] == converted(save(run, tmp_path)).model["backbone"]
 
 
 # --- strictness and report -------------------------------------------------------------------------------------------
