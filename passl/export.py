@@ -36,6 +36,7 @@ class FeatureNetwork(nn.Layer):
 
     outputs = ("features",)
     classifier = None
+    num_classes = 0
 
     def __init__(self, backbone: nn.Layer) -> None:
         super().__init__()
@@ -53,6 +54,7 @@ class ProbeNetwork(nn.Layer):
     def __init__(self, probe: LinearProbe) -> None:
         super().__init__()
         self.probe = probe
+        self.num_classes = probe.num_classes
         self.classifier = {"kind": "linear"}
         self.backbone = probe.backbone
 
@@ -85,11 +87,11 @@ class KNNNetwork(nn.Layer):
         temperature: float = 0.07,
     ) -> None:
         super().__init__()
-        if k < 1 or not temperature > 0:
-            raise ValueError(f"k ({k}) must be at least 1 and temperature ({temperature}) above 0")
+        check_votes(k, temperature)
         if not np.isfinite(bank).all():
             raise ValueError("the bank has features that are not finite: the weights are probably broken")
         self.backbone = backbone
+        self.num_classes = num_classes
         self.k = min(k, len(bank))
         self.temperature = temperature
         self.classifier = {"kind": "knn", "k": self.k, "temperature": temperature, "images": len(bank)}
@@ -109,6 +111,12 @@ class KNNNetwork(nn.Layer):
         labels = paddle.gather(self.labels, neighbours.flatten()).reshape([-1, self.k, 1])
         hits = (labels == self.classes).astype("float32")  # [B, k, C]
         return paddle.matmul(weights.unsqueeze(1), hits).squeeze(1)
+
+
+def check_votes(k: int, temperature: float) -> None:
+    """Raises ValueError for what no bank can vote with."""
+    if k < 1 or not temperature > 0:
+        raise ValueError(f"k ({k}) must be at least 1 and temperature ({temperature}) above 0")
 
 
 Exportable = Union[FeatureNetwork, ProbeNetwork, KNNNetwork]
@@ -149,13 +157,10 @@ def export(
             not finite; nothing is written then.
     """
     path = Path(path).expanduser()
-    if export_type not in exported.SUFFIXES:
-        raise ExportError(f"export_type ({export_type!r}) must be one of {', '.join(exported.SUFFIXES)}")
-    if path.suffix != exported.SUFFIXES[export_type]:
-        raise ExportError(f"{path}: a file of type {export_type} must end in {exported.SUFFIXES[export_type]}")
-    if raw is not None and export_type != "paddle":
-        raise ExportError("separate files (raw) are for the type paddle: an .onnx is one file")
+    check_target(path, export_type, raw)
     exported.transform(preprocessing)
+    if len(class_names) != network.num_classes:
+        raise ExportError(f"class_names has {len(class_names)} names, and the network {network.num_classes} classes")
     paddle.set_device("cpu")
     network.to("cpu")
     network.eval()
@@ -187,6 +192,18 @@ def export(
         if raw is not None:
             _copy_files(folder, Path(raw).expanduser())
     return meta
+
+
+def check_target(path: Path, export_type: str, raw: Optional[exported.PathLike] = None) -> None:
+    """Raises ExportError for a file that :func:`export` cannot write here."""
+    if export_type not in exported.SUFFIXES:
+        raise ExportError(f"export_type ({export_type!r}) must be one of {', '.join(exported.SUFFIXES)}")
+    if path.suffix != exported.SUFFIXES[export_type]:
+        raise ExportError(f"{path}: a file of type {export_type} must end in {exported.SUFFIXES[export_type]}")
+    if raw is not None and export_type != "paddle":
+        raise ExportError("separate files (raw) are for the type paddle: an .onnx is one file")
+    if export_type == "onnx":
+        check_onnx()
 
 
 def _save_program(network: Exportable, folder: Path, height: Optional[int], width: Optional[int]) -> None:
@@ -225,7 +242,6 @@ def check_onnx() -> None:
 
 def _save_onnx(folder: Path) -> None:
     """``model.onnx`` from the program in ``folder``."""
-    check_onnx()
     import paddle2onnx
 
     size = (folder / WEIGHTS).stat().st_size
@@ -305,11 +321,11 @@ def compare(
     rows = []
     for batch, height, width in shapes:
         images = rng.standard_normal((batch, 3, height, width)).astype(np.float32)
-        with paddle.no_grad():
-            expected = [output.numpy() for output in network(paddle.to_tensor(images))]
-            results = engine(images)
-            if isinstance(network, KNNNetwork):
-                # A rounding error may change who is the last neighbour, a jump: compared on the same features.
+        expected = _outputs(network, images)
+        results = engine(images)
+        if isinstance(network, KNNNetwork):
+            # A rounding error may change who is the last neighbour, a jump: compared on the same features.
+            with paddle.no_grad():
                 expected[1] = network.votes(paddle.to_tensor(results[0])).numpy()
         row: dict[str, Any] = {"engine": name, "shape": [batch, 3, height, width], "difference": {}, "largest": {}}
         for output, one, other in zip(network.outputs, expected, results):
@@ -319,6 +335,20 @@ def compare(
             row["largest"][output] = float(np.abs(one).max())
         rows.append(row)
     return rows
+
+
+def _outputs(network: Exportable, images: np.ndarray) -> list[np.ndarray]:
+    name = type(network.backbone).__name__
+    try:
+        with paddle.no_grad():
+            outputs = [output.numpy() for output in network(paddle.to_tensor(images))]
+    # A backbone of the user's own may fail in any way.
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}".strip()
+        raise ExportError(f"{name} gives no features for images {list(images.shape)}: {reason}") from error
+    if outputs[0].ndim != 2:
+        raise ExportError(f"{name} must give features [B, D], and gives {list(outputs[0].shape)}")
+    return outputs
 
 
 def check_differences(rows: Sequence[dict[str, Any]]) -> None:

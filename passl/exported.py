@@ -228,8 +228,20 @@ class ExportedNetwork:
         if len(given) != 2 or any(side % unit if want is None else side != want for side, want in zip(given, sides)):
             size = " x ".join(f"any multiple of {unit}" if side is None else str(side) for side in sides)
             raise ExportError(f"{self.path} takes images [B, {channels}, {size}], not {list(images.shape)}")
-        results = self._engine(np.ascontiguousarray(images, dtype=np.float32))
-        return dict(zip(self.meta.outputs, results))
+        try:
+            results = self._engine(np.ascontiguousarray(images, dtype=np.float32))
+        # Neither Paddle's nor onnxruntime's errors have a common class below Exception.
+        except Exception as error:
+            raise ExportError(f"{self.path} fails on images {list(images.shape)}: {error}") from error
+        found = dict(zip(self.meta.outputs, results))
+        if len(results) != len(self.meta.outputs) or any(rows.ndim != 2 for rows in results):
+            raise ExportError(f"{self.path}: damaged, its outputs are not {', '.join(self.meta.outputs)}")
+        num_classes = found["probabilities"].shape[1] if "probabilities" in found else 0
+        if num_classes != len(self.meta.class_names):
+            raise ExportError(
+                f"{self.path}: damaged, it has {num_classes} classes and {len(self.meta.class_names)} names for them"
+            )
+        return found
 
 
 def _open_paddle(path: Path, device: str) -> tuple[Meta, Engine]:
@@ -285,7 +297,10 @@ def paddle_engine(folder: Path, device: str = "cpu") -> Engine:
         raise ExportError("this Paddle finds no GPU: use --device cpu")
     else:
         config.set_cpu_math_library_num_threads(_num_cores())
-    predictor = inference.create_predictor(config)
+    try:
+        predictor = inference.create_predictor(config)
+    except (RuntimeError, ValueError, OSError) as error:
+        raise ExportError(f"damaged: Paddle cannot open its program or weights ({error})") from error
     handle = predictor.get_input_handle(predictor.get_input_names()[0])
 
     def run(images: np.ndarray) -> list[np.ndarray]:

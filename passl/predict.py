@@ -14,7 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Callable, Optional, Union
+from typing import Any, BinaryIO, Callable, Optional, Union
 
 import numpy as np
 from PIL import Image
@@ -92,7 +92,12 @@ def pictures(files: Iterable[str], frame_step: int = 1) -> Iterator[Picture]:
         if _is_video(path):
             yield from _frames(path, frame_step)
         else:
-            yield Picture(path, lambda path=path: read_rgb(path))
+            yield Picture(_printable(path), lambda path=path: read_rgb(path))
+
+
+def _printable(path: str) -> str:
+    """``path`` as Unicode: of a name in another encoding, which nothing here could print or write, what is readable."""
+    return os.fsencode(path).decode(errors="replace")
 
 
 def _frames(path: str, step: int) -> Iterator[Picture]:
@@ -105,10 +110,10 @@ def _frames(path: str, step: int) -> Iterator[Picture]:
             for number, frame in enumerate(video.decode(video=0)):
                 if number % step == 0:
                     image = frame.to_image()
-                    yield Picture(f"{path}#{number}", lambda image=image: image)
+                    yield Picture(f"{_printable(path)}#{number}", lambda image=image: image)
     except (av.error.FFmpegError, OSError, ValueError) as error:
         problem = UnreadableImageError(path, f"the video ends at frame {number}: {error}")
-        yield Picture(path, lambda: _raise(problem))
+        yield Picture(_printable(path), lambda: _raise(problem))
 
 
 def _raise(error: Exception) -> Any:
@@ -221,9 +226,10 @@ class FeatureFile:
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> FeatureFile:
-        self._rows = self._stack.enter_context(tempfile.TemporaryFile(dir=_existing(self.path.parent)))
-        self._names = self._stack.enter_context(replacing(self.names_path)).open("w", encoding="utf-8")
-        self._stack.callback(self._names.close)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        # Without a name until they are whole: nothing is left of a process that is killed.
+        self._rows = self._stack.enter_context(tempfile.TemporaryFile(dir=self.path.parent))
+        self._names = self._stack.enter_context(tempfile.TemporaryFile(dir=self.path.parent))
         return self
 
     def add(self, prediction: Prediction) -> None:
@@ -231,7 +237,7 @@ class FeatureFile:
             row = np.ascontiguousarray(prediction.features, np.float32)
             self.count, self.dim = self.count + 1, row.size
             self._rows.write(row.tobytes())
-            self._names.write(prediction.name + "\n")
+            self._names.write(" ".join(prediction.name.splitlines()).encode() + b"\n")
 
     def __exit__(
         self, kind: Optional[type[BaseException]], error: Optional[BaseException], trace: Optional[TracebackType]
@@ -239,13 +245,14 @@ class FeatureFile:
         if kind is None:
             # The header has the number of rows, which only the end of the last video tells.
             header = {"descr": np.lib.format.dtype_to_descr(np.dtype("<f4")), "fortran_order": False}
-            with replacing(self.path) as partial, partial.open("wb") as file:
+            with replacing(self.path) as rows, rows.open("wb") as file:
                 np.lib.format.write_array_header_1_0(file, {**header, "shape": (self.count, self.dim)})
-                self._rows.seek(0)
-                shutil.copyfileobj(self._rows, file, 1 << 22)
+                _copy(self._rows, file)
+            with replacing(self.names_path) as names, names.open("wb") as file:
+                _copy(self._names, file)
         return self._stack.__exit__(kind, error, trace)
 
 
-def _existing(folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+def _copy(source: BinaryIO, target: BinaryIO) -> None:
+    source.seek(0)
+    shutil.copyfileobj(source, target, 1 << 22)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 
 import numpy as np
 import paddle
@@ -143,10 +145,25 @@ def test_features_alone_at_another_size(folder, tmp_path, capsys):
     )
 
 
+def test_names_that_are_no_text(folder, tmp_path):
+    """Not in UTF-8, or of two lines: still one name in each line of the file."""
+    odd = [os.fsencode(tmp_path) + name for name in (b"/\xff.png", b"/a\nb.png")]
+    for name in odd:
+        shutil.copyfile(folder / "val/class0/0.png", name)
+    options = ["--output", str(tmp_path / "o.jsonl"), "--features", str(tmp_path / "f.npy")]
+    predict_main([str(folder / "probe.passl"), *map(os.fsdecode, odd), *options])
+    shown = [f"{tmp_path}/\ufffd.png", f"{tmp_path}/a\nb.png"]
+    assert [row["path"] for row in lines((tmp_path / "o.jsonl").read_text("utf-8"))] == shown
+    names = (tmp_path / "f.txt").read_text("utf-8").splitlines()
+    assert names == [name.replace("\n", " ") for name in shown]
+    assert np.load(tmp_path / "f.npy").shape == (2, 12)
+
+
 def test_no_half_written_features(tmp_path):
     def interrupted():
         with FeatureFile(tmp_path / "f.npy") as file:
             file.add(Prediction("a", np.zeros(3, np.float32)))
+            assert not list(tmp_path.iterdir())  # what a kill would leave
             raise KeyError("stopped")
 
     with pytest.raises(KeyError):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Optional
 
 from passl.cli.common import CONFIG_ERROR, guarded, image_size, import_paddle, new_parser, stop
@@ -46,8 +46,9 @@ def export_main(arguments: Optional[Sequence[str]] = None) -> None:
                 key, _, value = text.partition("=")
                 model[key] = parse(value, f"--set {key}")
             config = Config({"Model": model}, {(): "--arch"})
-        if options.pretrained_model is not None:
-            config["Global"] = {**(config.get("Global") or {}), "pretrained_model": options.pretrained_model}
+        settings = config.get("Global") or {}
+        if options.pretrained_model is not None and isinstance(settings, Mapping):  # else the check below names it
+            config["Global"] = {**settings, "pretrained_model": options.pretrained_model}
         import_paddle()
         from passl.engine.export import ExportOptions
         from passl.engine.run import checked

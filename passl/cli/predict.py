@@ -89,7 +89,8 @@ def _predict(options: argparse.Namespace) -> int:
 
 
 def _open(path: str) -> contextlib.AbstractContextManager[TextIO]:
-    return contextlib.nullcontext(sys.stdout) if path == "-" else open(path, "w", encoding="utf-8")
+    # Line by line: what an interrupted run leaves is whole lines.
+    return contextlib.nullcontext(sys.stdout) if path == "-" else open(path, "w", buffering=1, encoding="utf-8")
 
 
 def _positive(text: str) -> int:

@@ -23,7 +23,8 @@ from passl.export import (
     FeatureNetwork,
     KNNNetwork,
     ProbeNetwork,
-    check_onnx,
+    check_target,
+    check_votes,
     export,
     multiple_of,
 )
@@ -68,8 +69,8 @@ def export_config(config: Config, options: ExportOptions) -> tuple[Path, Meta]:
     settings = build.global_settings(config)
     section = config.get("Export") or {}
     export_type = options.export_type or section.get("export_type") or "paddle"
-    if export_type == "onnx":
-        check_onnx()  # before anything takes time
+    out = Path(options.out or f"{config['Model']['name']}{exported.SUFFIXES[export_type]}")
+    check_target(out, export_type, options.raw)  # before anything takes time
     log.setup()
     run.set_up(settings)
     paddle.seed(settings.seed)
@@ -83,14 +84,14 @@ def export_config(config: Config, options: ExportOptions) -> tuple[Path, Meta]:
     sides = options.image_size or _configured_size(section.get("input_shape"))
     preprocessing, (height, width) = _preprocessing(config, sides)
     _check_sides((height, width), multiple_of(getattr(model, "backbone", model)))
-    if options.knn_bank is not None:
-        network, class_names = _knn_network(getattr(model, "backbone", model), preprocessing, options)
-    else:
-        network = _network(model, is_whole, str(settings.pretrained_model))
-        class_names = _class_names(config, model) if network.classifier else []
+    bank = None if options.knn_bank is None else _bank(options, preprocessing)
+    class_names = _class_names(config, model) if bank is None else bank.class_names
     if options.class_names is not None:
         class_names = _read_names(options.class_names, class_names)
-    out = Path(options.out or f"{config['Model']['name']}{exported.SUFFIXES[export_type]}")
+    if bank is None:
+        network = _network(model, is_whole, str(settings.pretrained_model))
+    else:
+        network = _knn_network(getattr(model, "backbone", model), bank, options)
     meta = export(
         network,
         out,
@@ -116,24 +117,30 @@ def _network(model: nn.Layer, is_whole: bool, weights: str) -> Exportable:
     return ProbeNetwork(model)
 
 
-def _knn_network(
-    backbone: nn.Layer, preprocessing: list[dict[str, Any]], options: ExportOptions
-) -> tuple[KNNNetwork, list[str]]:
-    """The backbone with the features of the images in ``options.knn_bank``, and the names of their classes."""
+def _bank(options: ExportOptions, preprocessing: list[dict[str, Any]]) -> ImageFolder:
+    """The images in ``options.knn_bank``, once everything else that is said of it is right."""
     try:
         check_batches(options.batch_size, options.num_workers)
-        dataset = ImageFolder(options.knn_bank, exported.transform(preprocessing))
-
-        def features(images: paddle.Tensor) -> paddle.Tensor:
-            return normalize(backbone(images).astype("float32"))
-
-        with paddle.no_grad():
-            bank, labels = map_dataset(features, dataset, options.batch_size, options.num_workers, "k-NN bank")
-        network = KNNNetwork(backbone, bank, labels, len(dataset.class_names), options.k, options.temperature)
-    except (ValueError, FileNotFoundError) as error:
+        check_votes(options.k, options.temperature)
+        return ImageFolder(options.knn_bank, exported.transform(preprocessing))
+    except (ValueError, OSError) as error:
         raise ExportError(f"--knn-bank: {error}") from error
-    logger.info("k-NN bank: %d images of %d classes", len(bank), len(dataset.class_names))
-    return network, dataset.class_names
+
+
+def _knn_network(backbone: nn.Layer, bank: ImageFolder, options: ExportOptions) -> KNNNetwork:
+    """The backbone with its features of the images in ``bank``."""
+
+    def features(images: paddle.Tensor) -> paddle.Tensor:
+        return normalize(backbone(images).astype("float32"))
+
+    try:
+        with paddle.no_grad():
+            rows, labels = map_dataset(features, bank, options.batch_size, options.num_workers, "k-NN bank")
+        network = KNNNetwork(backbone, rows, labels, len(bank.class_names), options.k, options.temperature)
+    except ValueError as error:
+        raise ExportError(f"--knn-bank: {error}") from error
+    logger.info("k-NN bank: %d images of %d classes", len(rows), len(bank.class_names))
+    return network
 
 
 # --- sizes and preprocessing -----------------------------------------------------------------------------------------
@@ -189,9 +196,11 @@ def _validation_transform(config: Mapping[str, Any]) -> Optional[list[dict[str, 
 # --- class names -----------------------------------------------------------------------------------------------------
 
 
-def _class_names(config: Mapping[str, Any], probe: LinearProbe) -> list[str]:
-    """The class folders of DataLoader.Eval where they are there, else the numbers of the classes."""
-    numbers = [str(label) for label in range(probe.num_classes)]
+def _class_names(config: Mapping[str, Any], model: nn.Layer) -> list[str]:
+    """Of a probe: the class folders of DataLoader.Eval where they are there, else the numbers of the classes."""
+    if not isinstance(model, LinearProbe):
+        return []
+    numbers = [str(label) for label in range(model.num_classes)]
     section = (config.get("DataLoader") or {}).get("Eval")
     if not section:
         return numbers
@@ -201,9 +210,9 @@ def _class_names(config: Mapping[str, Any], probe: LinearProbe) -> list[str]:
     except (ValueError, OSError) as error:
         logger.warning("classes get numbers for names, as DataLoader.Eval.dataset cannot be read (%s)", error)
         return numbers
-    if found and len(found) != probe.num_classes:
+    if found and len(found) != model.num_classes:
         logger.warning(
-            "classes get numbers for names: DataLoader.Eval has %d classes, the probe %d", len(found), probe.num_classes
+            "classes get numbers for names: DataLoader.Eval has %d classes, the probe %d", len(found), model.num_classes
         )
         return numbers
     return found or numbers
