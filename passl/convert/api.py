@@ -129,7 +129,20 @@ def read_weights(path: PathLike, model: nn.Layer, backbone: nn.Layer, checkpoint
             return whole.state
     except ConversionError as error:
         logger.debug("%s: not all of %s (%s)", path, type(model).__name__, error)
-    return _checked(source, Options("backbone", layer=backbone, checkpoint_key=checkpoint_key)).state
+    try:
+        return _checked(source, Options("backbone", layer=backbone, checkpoint_key=checkpoint_key)).state
+    except ConversionError as error:
+        raise ConversionError(f"{error}{_held_instead(source, checkpoint_key)}") from None
+
+
+def _held_instead(source: Source, checkpoint_key: str) -> str:
+    """For the error about a file that does not fit: what it would fit."""
+    try:
+        found = convert_source(source, Options("backbone", checkpoint_key=checkpoint_key))
+        found.report.check(str(found.architecture))
+    except ConversionError:
+        return ""
+    return f". The file holds {found.architecture}: give Model.backbone this name and these arguments, or another file"
 
 
 def _checked(source: Source, options: Options) -> Conversion:

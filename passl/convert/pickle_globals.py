@@ -38,6 +38,12 @@ STORAGES = {
     "ComplexDoubleStorage": "complex128",
     "UntypedStorage": "uint8",
 }
+# Where Lightning has had its dict of hyper-parameters.
+_LIGHTNING = (
+    "pytorch_lightning.utilities.parsing",
+    "lightning_fabric.utilities.data",
+    "lightning.fabric.utilities.data",
+)
 # What else PyTorch names in a file, and why it has no place here.
 _REFUSED = {
     ("torch._utils", "_rebuild_sparse_tensor"): "a sparse tensor",
@@ -101,6 +107,8 @@ class Globals:
         self._function("collections", "OrderedDict", self._ordered_dict)
         self._function("collections", "defaultdict", lambda factory=None: {})
         self._function("collections", "Counter", lambda items=(): dict(self._ordered_dict(items)))
+        for module in _LIGHTNING:
+            self._function(module, "AttributeDict", self._ordered_dict)
         self._function("argparse", "Namespace", argparse.Namespace)
         self._function("_codecs", "encode", self._latin1)
         for module in ("pathlib", "pathlib._local"):

@@ -54,7 +54,8 @@ class Report:
         ConversionError: nothing matched, something of the file is left over, or of the architecture missing.
         """
         if not self.matched and not self.misshapen:
-            raise ConversionError(f"no tensor of the file belongs to {what}; it holds {_few(self.left_over)}")
+            there = _few([*self.left_over, *self.not_asked])
+            raise ConversionError(f"no tensor of the file belongs to {what}; it holds {there}")
         problems = []
         if self.misshapen:
             problems.append(f"{len(self.misshapen)} of another shape than in {what}: {_few(self.misshapen)}")

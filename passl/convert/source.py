@@ -132,11 +132,13 @@ def find_file(path: Union[str, Path]) -> Path:
     else:
         found = [text + suffix for suffix in _SUFFIXES if os.path.isfile(text + suffix)]
     if not found or not os.path.isfile(found[0]):
-        folder = Path(text).parent
+        is_folder = os.path.isdir(text)
+        folder = Path(text) if is_folder else Path(text).parent
         there = sorted(p.name for p in folder.glob("*") if p.name.endswith(_SUFFIXES))[:8] if folder.is_dir() else []
         rest = f"the folder has {', '.join(there) or 'no file of weights'}" if folder.is_dir() else f"nor is {folder}"
         tried = "" if text.endswith(_SUFFIXES) else f" (tried {', '.join(_SUFFIXES)})"
-        raise ConversionError(f"{text}: no such file{tried}; {rest}")
+        problem = "a folder, where a file or prefix is expected" if is_folder else f"no such file{tried}"
+        raise ConversionError(f"{text}: {problem}; {rest}")
     return Path(found[0])
 
 

@@ -12,7 +12,7 @@ import paddle
 import pytest
 
 from passl import checkpoint
-from passl.convert import ConversionError, convert, save_pdparams, save_safetensors, save_torch
+from passl.convert import ConversionError, convert, read_weights, save_pdparams, save_safetensors, save_torch
 from passl.models import DINO, LinearProbe
 from passl.registry import BACKBONES, HEADS
 from tests.convert import sources
@@ -377,6 +377,21 @@ def test_a_run_of_passl_resizes_positions_the_official_way(tmp_path):
     run = {"epoch": 1, "args": argparse.Namespace(), **run_state()}
     convert(save(run, tmp_path), tmp_path / "run")
     assert converted(tmp_path / "run").model["backbone"] == converted(save(run, tmp_path)).model["backbone"]
+
+
+def test_weights_of_another_network_are_named(tmp_path):
+    """As Global.pretrained_model would have them."""
+    vit = sources.vit()
+    resnet = save(state(sources.resnet()), tmp_path)
+    with pytest.raises(
+        ConversionError, match=r"belongs to VisionTransformer.* The file holds ResNet\(.*Model\.backbone"
+    ):
+        read_weights(resnet, vit, vit, "teacher")
+    linear = save({"state_dict": prefixed("module.linear.", classifier(64))}, tmp_path, "linear.pth")
+    with pytest.raises(ConversionError, match=r"it holds state_dict\.module\.linear\.weight, .*linear\.bias$"):
+        read_weights(linear, vit, vit, "teacher")
+    with pytest.raises(ConversionError, match=r"a folder, .*; the folder has linear\.pth, weights\.pth"):
+        read_weights(tmp_path, vit, vit, "teacher")
 
 
 # --- strictness and report -------------------------------------------------------------------------------------------

@@ -211,6 +211,14 @@ def test_dicts_of_other_classes_are_dicts(tmp_path, write):
     assert [type(item) for item in found.values()] == [dict, dict, OrderedDict]
 
 
+@pytest.mark.parametrize("module", ["pytorch_lightning.utilities.parsing", "lightning.fabric.utilities.data"])
+def test_lightning_s_hyper_parameters(tmp_path, write, module):
+    hyper_parameters = Call(Named(module, "AttributeDict"), ([("lr", 1.0)],))
+    assert load_torch(write(tmp_path / "w.ckpt", {"hyper_parameters": hyper_parameters})) == {
+        "hyper_parameters": {"lr": 1.0}
+    }
+
+
 def test_an_archive_without_checksums(tmp_path):
     """torch.save writes zeros for them after set_crc32_options(False)."""
     path = write_zip(tmp_path / "w.pth", tensor(FLOATS))
