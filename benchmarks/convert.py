@@ -187,8 +187,8 @@ def report(rows: dict[tuple[Path, str], list[dict]]) -> str:
         whole, added = medians[file, COMMAND]["peak"] / size, medians[file, FUNCTION]["added"] / size
         imports = medians[file, FUNCTION]["peak"] - medians[file, FUNCTION]["added"]
         lines.append(
-            f"  less than {LIMIT} x the file's size: {verdict(whole)} by the whole command ({whole:.2f}, {imports:.0f} "
-            f"MB of it imports), {verdict(added)} by the conversion itself ({added:.2f})"
+            f"  less than {LIMIT} x the file's size: {verdict(whole)} by the whole command ({whole:.2f}, of which "
+            f"imports are {imports:.0f} MB), {verdict(added)} by the conversion itself ({added:.2f})"
         )
     return "\n".join(lines)
 

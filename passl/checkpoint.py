@@ -75,7 +75,7 @@ def _scalar(kind: _Dtype, data: Union[bytes, str]) -> Any:
     return array.values[()]
 
 
-class _NumpyUnpickler(pickle.Unpickler):
+class _NumpyUnpickler(pickle._Unpickler):  # the one in C makes lists as long as a number in the file says
     """Reads what ``paddle.save`` writes of numpy arrays and plain containers, and refuses every other global."""
 
     _ALLOWED: ClassVar = {
@@ -108,7 +108,7 @@ def read(path: PathLike) -> Any:
         raise CheckpointError(f"{path}: no such file{_neighbours(path)}")
     try:
         with path.open("rb") as file:
-            return _plain(_NumpyUnpickler(file, encoding="latin1").load())
+            return _plain(_NumpyUnpickler(file, encoding="latin1").load(), {})
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from None
     except OSError as error:
@@ -143,17 +143,20 @@ def with_suffix(prefix: PathLike, suffix: str) -> Path:
     return Path(text + suffix)
 
 
-def _plain(value: Any) -> Any:
-    """``value`` without wrappings: (name, array) pairs become arrays, the table of parameter names goes."""
+def _plain(value: Any, seen: dict[int, Any]) -> Any:
+    """``value`` without wrappings: (name, array) pairs become arrays, the table of parameter names goes.
+
+    seen: what has become of containers by their id. A few bytes can hold one ten to the power of ten times.
+    """
     if isinstance(value, _Array):
         return value.values
     if isinstance(value, tuple) and len(value) == 2 and isinstance(value[0], str) and isinstance(value[1], _Array):
         return value[1].values
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items() if key != _PARAMETER_NAMES}
-    if isinstance(value, (list, tuple)):
-        return type(value)(_plain(item) for item in value)
-    return value
+    if id(value) not in seen and isinstance(value, dict):
+        seen[id(value)] = {key: _plain(item, seen) for key, item in value.items() if key != _PARAMETER_NAMES}
+    elif id(value) not in seen and isinstance(value, (list, tuple)):
+        seen[id(value)] = type(value)(_plain(item, seen) for item in value)
+    return seen.get(id(value), value)
 
 
 def _neighbours(path: Path) -> str:
@@ -295,9 +298,7 @@ class CheckpointStore:
             except CheckpointError as error:
                 logger.warning("checkpoint skipped: %s", error)
         if any(self.folder.glob(f"*{PARAMS}")):
-            raise CheckpointError(
-                f"{self.folder}: no checkpoint in it is whole; start anew with another Global.output_dir"
-            )
+            raise CheckpointError(f"{self.folder}: no checkpoint in it is whole; start anew with another output_dir")
         return None
 
     def set_aside(self, after_step: int) -> Optional[Path]:
@@ -360,13 +361,12 @@ def read_states(prefix: PathLike) -> dict[str, Any]:
 
 def _run_states(path: Path) -> dict[str, Any]:
     states = read(path)
-    known = states if isinstance(states, dict) else {}
-    checksums = known.get("checksums")
-    if not isinstance(known.get("step"), int) or not isinstance(checksums, dict):
+    checksums = states.get("checksums") if isinstance(states, dict) else None
+    if not isinstance(checksums, dict) or not isinstance(states.get("step"), int):
         raise CheckpointError(f"{path}: not the state of a passl run")
     if set(checksums) != {PARAMS, OPTIMIZER}:
         raise CheckpointError(f"{path}: has checksums of {sorted(checksums, key=str)}, not of the other two files")
-    return known
+    return states
 
 
 def _ordered(state: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import pickle
+import tracemalloc
 
 import numpy as np
 import paddle
@@ -65,15 +66,40 @@ def damaged(kind):
         return b"\x80\x04\x8e" + b"\xff" * 8
     if kind == "too deep":  # RecursionError
         return b"\x80\x04" + b"(" + b"]" * 1 + b"\x8c\x01w" + b"]" * 5000 + b"a" * 4999 + b"\x86."
+    if kind == "one list ten to the power of thirty times":
+        nested: list = []
+        for _ in range(30):
+            nested = [nested] * 10
+        return pickle.dumps({"w": nested}, protocol=4)
     content = pickle.dumps({"w": np.ones(3, np.float32)}, protocol=4)
     return content.replace(b"ndarray", b"dtype\x8c\x00", 1) if kind == "another class" else content[:-20] + b"."
 
 
-@pytest.mark.parametrize("kind", ["a count beyond all memory", "too deep", "another class", "a tail that is gone"])
+DAMAGED = (
+    "a count beyond all memory",
+    "too deep",
+    "one list ten to the power of thirty times",
+    "another class",
+    "a tail that is gone",
+)
+
+
+@pytest.mark.parametrize("kind", DAMAGED)
 def test_damaged_files_are_refused(tmp_path, kind):
     (tmp_path / "w.pdparams").write_bytes(damaged(kind))
     with pytest.raises(CheckpointError, match=r"w\.pdparams"):
         checkpoint.read_weights(tmp_path / "w")
+
+
+def test_numbers_in_a_file_allocate_nothing(tmp_path):
+    """LONG_BINPUT: for pickle's own memory, a place far behind all others."""
+    (tmp_path / "w.pdparams").write_bytes(b"\x80\x02}r\xff\xff\xff\x00.")
+    tracemalloc.start()
+    with pytest.raises(CheckpointError, match="no state dict"):
+        checkpoint.read_weights(tmp_path / "w")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1 << 20
 
 
 @pytest.mark.parametrize("protocol", [2, 3, 4])

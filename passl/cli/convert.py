@@ -67,10 +67,9 @@ def _convert_parser() -> argparse.ArgumentParser:
 def _convert(options: argparse.Namespace) -> None:
     from passl.convert import convert
 
-    destination = None if options.dry_run else options.destination
     written = convert(
         options.source,
-        destination,
+        None if options.dry_run else options.destination,
         to=options.to,
         kind=options.kind,
         arch=options.arch,
@@ -78,20 +77,30 @@ def _convert(options: argparse.Namespace) -> None:
         checkpoint_key=options.checkpoint_key,
         backbone=options.backbone,
         allow=options.allow,
+        check=lambda conversion: _show(options, conversion),
     )
-    conversion = written.conversion
-    unknown = conversion.architecture.unknown if conversion.architecture else ()
-    print(f"{options.source}: {_described(conversion)}")
-    for line in conversion.report.lines(options.verbose):
-        print(f"  {line}")
-    for name in unknown:
-        print(f"  {name} is not visible in names or shapes: give it with --set {name}=VALUE")
-    if options.verify:
-        _verify(options, written)
     for note in written.notes:
         print(f"note: {note}")
     for file in written.files:
         print(f"written: {file}")
+
+
+def _show(options: argparse.Namespace, conversion: Any) -> None:
+    """Print what was found, and verify it where that is wanted: nothing has been written by now."""
+    print(f"{options.source}: {_described(conversion)}")
+    for line in conversion.report.lines(options.verbose):
+        print(f"  {line}")
+    if options.to == "paddle" and conversion.architecture is not None:
+        for name in conversion.architecture.unknown:
+            print(
+                f"  {name} is not visible in the file, and the weights do not depend on it; --set {name}=VALUE tells it"
+            )
+    if options.verify:
+        from passl.convert.verify import verify
+
+        recorded = None if options.verify is True else options.verify
+        for line in verify(options.source, conversion, recorded, options.backbone):
+            print(f"  {line}")
 
 
 def _described(conversion: Any) -> str:
@@ -119,11 +128,3 @@ def _settings(texts: Sequence[str]) -> dict[str, Any]:
             raise CheckpointFormatError(f"--set {text}: write KEY=VALUE, for example --set num_heads=6")
         settings[key] = parse(value, f"--set {key}")
     return settings
-
-
-def _verify(options: argparse.Namespace, written: Any) -> None:
-    from passl.convert.verify import verify
-
-    recorded = None if options.verify is True else options.verify
-    for line in verify(options.source, written.conversion, recorded, options.backbone):
-        print(f"  {line}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Optional, Union
 
@@ -15,17 +15,20 @@ from paddle import nn
 import passl
 from passl import checkpoint
 from passl.config import to_yaml
+from passl.convert.atomic import replacing
 from passl.convert.conversion import Conversion, Options, convert_source
-from passl.convert.official_run import resume_state
+from passl.convert.official_run import ResumeState, resume_state
 from passl.convert.paddle_writer import save_pdparams
 from passl.convert.report import ConversionError
 from passl.convert.safetensors import save_safetensors
-from passl.convert.source import Source, open_source
+from passl.convert.source import Source, open_source, stem
 from passl.convert.to_torch import official_files, state_dict
 from passl.convert.torch_writer import save_torch
 
+_WRITTEN_SUFFIXES = (".pth", ".pt", ".pth.tar", ".tar", ".ckpt", ".bin")
 TARGETS = ("paddle", "torch", "safetensors")
-SIDECAR = ".json"  # beside converted weights: what they are, and what Paddle has no place for
+RECIPE, _RECIPE_MARK = ".yaml", "# Made by passl-convert"
+SIDECAR = ".convert.json"  # beside converted weights: what they are, and what Paddle has no place for
 
 logger = logging.getLogger("passl")
 PathLike = Union[str, Path]
@@ -57,6 +60,7 @@ def convert(
     checkpoint_key: Optional[str] = None,
     backbone: Optional[PathLike] = None,
     allow: Sequence[str] = (),
+    check: Optional[Callable[[Conversion], None]] = None,
 ) -> Written:
     """Convert a file of weights to Paddle's, PyTorch's or the safetensors format.
 
@@ -69,6 +73,7 @@ def convert(
         checkpoint_key: "teacher" or "student": only the backbone of that network of a run.
         backbone: file of the backbone below a linear classifier; together they make a whole probe.
         allow: patterns of keys that may be left over.
+        check: called before anything is written, with what will be; what it raises prevents it.
 
     Raises:
         CheckpointFormatError, CheckpointError: a file is missing or damaged, or does not become known weights: nothing
@@ -77,16 +82,20 @@ def convert(
     if to not in TARGETS:
         raise ConversionError(f"--to ({to!r}) must be one of {', '.join(TARGETS)}")
     opened = open_source(source, bfloat16="bits")
-    options = Options(kind, arch, arguments or {}, None, checkpoint_key, allow)
+    told = {**({} if arch else _kept_arguments(opened)), **(arguments or {})}
+    options = Options(kind, arch, told, None, checkpoint_key, allow)
     below = open_source(backbone, bfloat16="bits") if backbone else None
     try:
         conversion = convert_source(opened, options, below)
         conversion.report.check(str(conversion.architecture or conversion.model))
     except ConversionError as error:
         raise ConversionError(f"{opened.path}: {error}") from None
+    if check is not None:
+        check(conversion)
     if destination is None:
         return Written(conversion, [], [])
-    target = _target(opened.path, Path(destination).expanduser(), str(destination), to)
+    sources = [source.path for source in (opened, below) if source]
+    target = _target(sources, Path(destination).expanduser(), str(destination), to)
     target.parent.mkdir(parents=True, exist_ok=True)
     write = {"paddle": _write_paddle, "torch": _write_torch, "safetensors": _write_safetensors}[to]
     files, notes = write(opened, conversion, target)
@@ -135,54 +144,74 @@ def _checked(source: Source, options: Options) -> Conversion:
 # --- writing ---------------------------------------------------------------------------------------------------------
 
 
-def _target(source: Path, destination: Path, text: str, to: str) -> Path:
+def _target(sources: Sequence[Path], destination: Path, text: str, to: str) -> Path:
     """Where to write: a prefix for Paddle, a file for the others."""
     suffix = {"paddle": "", "torch": ".pth", "safetensors": ".safetensors"}[to]
     if destination.is_dir() or text.endswith("/"):
-        destination = destination / source.name.partition(".")[0]
+        destination = destination / stem(sources[0])
     if to == "paddle":
         target = checkpoint.with_suffix(destination, "")
-        _check_free(checkpoint.with_suffix(target, checkpoint.STATES))
+        _check_free(target)
         written = checkpoint.with_suffix(target, checkpoint.PARAMS)
     else:
-        known = (".pth", ".pt", ".tar", ".ckpt", ".bin") if to == "torch" else (suffix,)
+        known = _WRITTEN_SUFFIXES if to == "torch" else (suffix,)
         target = written = destination if destination.name.endswith(known) else Path(f"{destination}{suffix}")
-    if written.exists() and written.samefile(source):
+    if any(written.exists() and written.samefile(source) for source in sources):
         raise ConversionError(f"{written} is the source itself: give another destination")
     return target
 
 
-def _check_free(states: Path) -> None:
-    """A converted file may be written again; a run's own checkpoint may not be lost."""
+def _check_free(prefix: Path) -> None:
+    """Converted files may be written again; a run's own checkpoint and a user's configuration may not be lost."""
+    states, recipe = checkpoint.with_suffix(prefix, checkpoint.STATES), Path(f"{prefix}{RECIPE}")
     if states.exists() and not checkpoint.read(states).get("converted"):
         raise ConversionError(f"{states}: a checkpoint of a run is there: give another destination")
+    for path, mark in ((recipe, _RECIPE_MARK.encode()), (Path(f"{prefix}{SIDECAR}"), b'{\n "passl":')):
+        if path.exists() and not (path.is_file() and path.read_bytes().startswith(mark)):
+            raise ConversionError(f"{path} is there, and not of passl-convert: give another destination")
 
 
 def _write_paddle(source: Source, conversion: Conversion, prefix: Path) -> tuple[list[Path], list[str]]:
-    path = {s: checkpoint.with_suffix(prefix, s) for s in (checkpoint.PARAMS, checkpoint.OPTIMIZER, checkpoint.STATES)}
-    save_pdparams(conversion.state, path[checkpoint.PARAMS])
-    files, notes = [path[checkpoint.PARAMS]], []
+    params = checkpoint.with_suffix(prefix, checkpoint.PARAMS)
+    save_pdparams(conversion.state, params)
+    files, notes = [params], []
     if conversion.kind == "run":
         try:
             resume = resume_state(source, conversion)
         except ConversionError as error:
             notes.append(f"the run cannot be continued from here ({error}); use it as Global.pretrained_model")
         else:
-            save_pdparams(resume.optimizer, path[checkpoint.OPTIMIZER])
-            recipe = to_yaml(resume.recipe) if resume.recipe else ""
-            checksums = {s: checkpoint.checksum(path[s]) for s in (checkpoint.PARAMS, checkpoint.OPTIMIZER)}
-            save_pdparams({**resume.states, "config": recipe, "checksums": checksums}, path[checkpoint.STATES])
-            files += [path[checkpoint.OPTIMIZER], path[checkpoint.STATES]]
-            if recipe:
-                files.append(Path(f"{prefix}.yaml"))
-                header = (
-                    f"# How the run in {source.path.name} was trained; made by passl-convert.\n# Continue it with:\n"
-                )
-                command = f"#   passl-train -c {files[-1]} -o Global.checkpoint={prefix}\n"
-                files[-1].write_text(header + command + recipe, encoding="utf-8")
+            files += _write_resume(resume, prefix)
+            if resume.recipe:
+                files.append(_write_recipe(source, resume.recipe, prefix))
+            elif conversion.architecture and conversion.architecture.unknown:
+                given = " ".join(f"--set {name}=VALUE" for name in conversion.architecture.unknown)
+                notes.append(f"no configuration is written, as the architecture does not all show in the file: {given}")
     sidecar = Path(f"{prefix}{SIDECAR}")
-    sidecar.write_text(json.dumps(_description(source, conversion), indent=1) + "\n", encoding="utf-8")
+    _write_text(sidecar, json.dumps(_description(source, conversion), indent=1) + "\n")
     return [*files, sidecar], notes
+
+
+def _write_resume(resume: ResumeState, prefix: Path) -> list[Path]:
+    path = {s: checkpoint.with_suffix(prefix, s) for s in (checkpoint.PARAMS, checkpoint.OPTIMIZER, checkpoint.STATES)}
+    save_pdparams(resume.optimizer, path[checkpoint.OPTIMIZER])
+    checksums = {s: checkpoint.checksum(path[s]) for s in (checkpoint.PARAMS, checkpoint.OPTIMIZER)}
+    config = to_yaml(resume.recipe) if resume.recipe else ""
+    save_pdparams({**resume.states, "config": config, "checksums": checksums}, path[checkpoint.STATES])
+    return [path[checkpoint.OPTIMIZER], path[checkpoint.STATES]]
+
+
+def _write_recipe(source: Source, recipe: Mapping[str, Any], prefix: Path) -> Path:
+    path = Path(f"{prefix}{RECIPE}")
+    command = f"#   passl-train -c {path} -o Global.checkpoint={prefix}\n"
+    header = f"{_RECIPE_MARK}, how the run in {source.path.name} was trained. To continue it:\n"
+    _write_text(path, header + command + to_yaml(recipe))
+    return path
+
+
+def _write_text(path: Path, text: str) -> None:
+    with replacing(path) as file:
+        file.write(text.encode("utf-8"))
 
 
 def _description(source: Source, conversion: Conversion) -> dict[str, Any]:
@@ -207,10 +236,14 @@ def _write_torch(source: Source, conversion: Conversion, path: Path) -> tuple[li
         except checkpoint.CheckpointError as error:
             notes.append(f"without optimizer and epoch: {error}")
     elif conversion.kind == "run":
-        optimizer, states, _ = resume_state(source, conversion)
+        try:
+            optimizer, states, _ = resume_state(source, conversion)
+        except ConversionError as error:
+            notes.append(f"without optimizer and epoch: {error}")
     files = []
-    for suffix, value in official_files(conversion, optimizer, states, counters).items():
-        files.append(path.with_name(path.name.replace(".", f"{suffix}.", 1)) if suffix else path)
+    name = stem(path)
+    for part, value in official_files(conversion, optimizer, states, counters).items():
+        files.append(path.with_name(f"{name}{part}{path.name[len(name) :]}"))
         save_torch(value, files[-1])
     return files, notes
 
@@ -226,14 +259,29 @@ def _write_safetensors(source: Source, conversion: Conversion, path: Path) -> tu
 
 def _kept_counters(source: Source) -> dict[str, int]:
     """Counters of batch norms that an earlier conversion left beside the weights."""
+    counters = _kept(source).get("counters", {})
+    return {str(name): int(value) for name, value in counters.items()}
+
+
+def _kept_arguments(source: Source) -> dict[str, Any]:
+    """Arguments of the architecture that no weights show, and that an earlier conversion was told."""
+    model = _kept(source).get("model", {})
+    section = model.get("backbone", model)
+    return {key: section[key] for key in ("num_heads", "tokens_norm", "pos_embed_mode") if key in section}
+
+
+def _kept(source: Source) -> dict[str, Any]:
     path = Path(f"{checkpoint.with_suffix(source.path, '')}{SIDECAR}")
     if source.layout != "paddle" or not path.is_file():
         return {}
     try:
-        counters = json.loads(path.read_text(encoding="utf-8")).get("counters", {})
-        return {str(name): int(value) for name, value in counters.items()}
-    except (ValueError, AttributeError, TypeError) as error:
-        raise ConversionError(f"{path}: damaged ({error}); without it, batch norms count from 0") from error
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        valid = all(isinstance(kept.get(key, {}), dict) for key in ("counters", "model"))
+    except (ValueError, AttributeError) as error:
+        raise ConversionError(f"{path}: damaged ({error}); remove it to go on without what it tells") from error
+    if not valid:
+        raise ConversionError(f"{path}: not written by passl-convert; remove it to go on without what it tells")
+    return kept
 
 
 def _sha256(path: Path) -> str:

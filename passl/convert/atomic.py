@@ -15,6 +15,9 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
     After an error ``path`` is as it was before, and nothing else is left. What is at ``path`` may be mapped and read
     meanwhile: it is replaced, not overwritten.
+
+    Raises:
+        OSError: the disk is full, or the folder missing or read-only; the text names ``path``.
     """
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
@@ -23,5 +26,8 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
+    except OSError as error:
+        raise type(error)(error.errno, f"cannot be written ({error.strerror})", str(path)) from error
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink()

@@ -274,7 +274,7 @@ class _Assembly:
         if type(blocks) is not int or blocks < 1 or type(avgpool) is not bool:
             raise ConversionError(f"n_last_blocks ({blocks}) must be 1 or more, and avgpool ({avgpool}) true or false")
         layer = architecture.blueprint() if architecture else None
-        times = in_dim // layer.embed_dim if layer else 0
+        times = in_dim // _width(layer) if layer else 0
         if part == "concatenated" and layer is None:
             times = 5 if in_dim % 5 == 0 else 2
         if part == "classifier" or (layer is not None and not hasattr(layer, "get_intermediate_layers")):
@@ -292,10 +292,10 @@ class _Assembly:
         layer = architecture.blueprint()
         blocks, avgpool = linear.get("n_last_blocks", 1), linear.get("avgpool", False)
         times = blocks + avgpool if hasattr(layer, "get_intermediate_layers") else 1
-        if layer.embed_dim * times != linear["in_dim"]:
+        if _width(layer) * times != linear["in_dim"]:
             raise ConversionError(
                 f"the linear classifier has {linear['in_dim']} inputs, and {architecture.name} with n_last_blocks="
-                f"{blocks} and avgpool={avgpool} gives {layer.embed_dim * times}: set them with --set n_last_blocks=N "
+                f"{blocks} and avgpool={avgpool} gives {_width(layer) * times}: set them with --set n_last_blocks=N "
                 "--set avgpool=true, or give the backbone that it was trained on"
             )
         rest = {"num_classes": linear["num_classes"], "n_last_blocks": blocks, "avgpool": avgpool}
@@ -346,6 +346,12 @@ class _Assembly:
             return f"file {value.dtype}, architecture floating-point numbers"
         shape = self._torch_shape(slot.torch_name, value)
         return "" if shape == slot.torch_shape else f"file {list(shape)}, architecture {list(slot.torch_shape)}"
+
+
+def _width(backbone: nn.Layer) -> int:
+    if not hasattr(backbone, "embed_dim"):
+        raise ConversionError(f"the backbone {type(backbone).__name__} has no embed_dim: a linear classifier needs it")
+    return backbone.embed_dim
 
 
 def _interleaved(weight: np.ndarray, blocks: int) -> np.ndarray:

@@ -74,7 +74,12 @@ class Source:
 
     @property
     def is_clemsgrs(self) -> bool:
-        """Whether it is a run of clemsgrs on one process: theirs has no arguments, and no DistributedDataParallel."""
+        """Whether it is a run of clemsgrs on one process: theirs has no arguments, and no DistributedDataParallel.
+
+        Neither has passl's own, which is in Paddle's layout.
+        """
+        if self.layout != "torch":
+            return False
         keys = {"student", "teacher", "dino_loss"}
         bare = all(not entry.key.startswith("student.module.") for entry in self.entries)
         return {entry.key.partition(".")[0] for entry in self.entries} == keys and "args" not in self.aside and bare
@@ -133,6 +138,12 @@ def find_file(path: Union[str, Path]) -> Path:
         tried = "" if text.endswith(_SUFFIXES) else f" (tried {', '.join(_SUFFIXES)})"
         raise ConversionError(f"{text}: no such file{tried}; {rest}")
     return Path(found[0])
+
+
+def stem(path: Path) -> str:
+    """The name of a file of weights without its suffix: of ``a.b.pth.tar``, ``a.b``."""
+    suffix = max((suffix for suffix in _SUFFIXES if path.name.endswith(suffix)), key=len, default="")
+    return path.name[: len(path.name) - len(suffix)]
 
 
 def open_source(path: Union[str, Path], bfloat16: str = "float32") -> Source:

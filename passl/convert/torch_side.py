@@ -18,9 +18,8 @@ from passl.convert import torch_forward
 from passl.convert.conversion import Conversion
 from passl.convert.report import ConversionError
 from passl.convert.to_torch import state_dict
-from passl.convert.verify import float_array, is_concatenated, networks
+from passl.convert.verify import HEADS, float_array, is_concatenated, networks
 
-_HEADS = ("head", "dino_head", "ibot_head")
 _LINEAR = re.compile(r"(?:^|\.)((?:linear|linear_head|head|fc|classifier)\.)weight$|^weight$")
 _NETWORK = re.compile(r"(?:^|\.)(student\.|teacher\.)")
 
@@ -69,8 +68,8 @@ class _Original:
         for network in networks(self.conversion) if kind != "backbone" else [""]:
             state = {key: value for key, value in self.state.items() if network in ("", _network(key))}
             outputs[f"{network}backbone"] = features = self._backbone(state, x)
-            for part in (part for part in _HEADS if part in self.conversion.model):
-                several = sum(name in self.conversion.model for name in _HEADS) > 1
+            for part in (part for part in HEADS if part in self.conversion.model):
+                several = sum(name in self.conversion.model for name in HEADS) > 1
                 own = {k: v for k, v in state.items() if f".{part}." in f".{k}"} if several else state
                 outputs[f"{network}{part}"] = torch_forward.dino_head(own, features)
         return outputs

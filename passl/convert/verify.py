@@ -28,7 +28,7 @@ from passl.registry import BACKBONES
 # layout or argument makes 1e-3 and more.
 TOLERANCE = 1e-4
 
-_HEADS = ("head", "dino_head", "ibot_head")
+HEADS = ("head", "dino_head", "ibot_head")
 _OUTPUTS = ("output", "forward")
 
 PathLike = Union[str, Path]
@@ -109,7 +109,7 @@ def _models(conversion: Conversion) -> dict[str, nn.Layer]:
     models = {}
     for network in networks(conversion):
         models[f"{network}backbone"] = backbone = _loaded(build, conversion, f"{network}backbone.")
-        for part in (part for part in _HEADS if part in conversion.model):
+        for part in (part for part in HEADS if part in conversion.model):
             arguments = {key: value for key, value in conversion.model[part].items() if key != "name"}
             head = partial(DINOHead, backbone.embed_dim, **arguments)
             models[f"{network}{part}"] = _loaded(head, conversion, f"{network}{part}.")

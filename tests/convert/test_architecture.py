@@ -101,7 +101,7 @@ def test_what_no_shape_shows_is_said_and_can_be_given():
 
 def test_widths_that_are_no_round_multiple():
     """int(embed_dim * mlp_ratio) has to give the very width, whatever floats do."""
-    for hidden in range(1, 400, 7):
+    for hidden in range(1, 400, 19):
         shapes = shapes_of(sources.vit())
         shapes["blocks.0.mlp.fc1.weight"] = (hidden, 64)
         block = infer(shapes).blueprint().blocks[0]
