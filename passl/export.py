@@ -176,14 +176,7 @@ def export(
     )
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        shapes = comparison_shapes(height, width, meta.multiple_of)
-        _save_program(network, folder, height, width)
-        meta.comparison = compare(network, exported.paddle_engine(folder), shapes, "Paddle inference")
-        if export_type == "onnx":
-            _save_onnx(folder)
-            engine = exported.onnx_engine(folder / "model.onnx")
-            meta.comparison += compare(network, engine, shapes, "onnxruntime")
-        check_differences(meta.comparison)
+        meta.comparison = _write_and_compare(network, folder, height, width, export_type)
         if export_type == "onnx":
             _finish_onnx(folder / "model.onnx", path, meta)
             return meta
@@ -204,6 +197,22 @@ def check_target(path: Path, export_type: str, raw: Optional[exported.PathLike] 
         raise ExportError("separate files (raw) are for the type paddle: an .onnx is one file")
     if export_type == "onnx":
         check_onnx()
+
+
+def _write_and_compare(
+    network: Exportable, folder: Path, height: Optional[int], width: Optional[int], export_type: str
+) -> list[dict[str, Any]]:
+    """The files of Paddle, and ``model.onnx`` of the type onnx, in ``folder``; returns the rows of the comparison."""
+    shapes = comparison_shapes(height, width, multiple_of(network.backbone))
+    batch, *sides = shapes[0]
+    _outputs(network, np.zeros((batch, 3, *sides), np.float32))  # its own error, before one of making it static
+    _save_program(network, folder, height, width)
+    rows = compare(network, exported.paddle_engine(folder), shapes, "Paddle inference")
+    if export_type == "onnx":
+        _save_onnx(folder)
+        rows += compare(network, exported.onnx_engine(folder / "model.onnx"), shapes, "onnxruntime")
+    check_differences(rows)
+    return rows
 
 
 def _save_program(network: Exportable, folder: Path, height: Optional[int], width: Optional[int]) -> None:

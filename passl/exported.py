@@ -299,7 +299,8 @@ def paddle_engine(folder: Path, device: str = "cpu") -> Engine:
         config.set_cpu_math_library_num_threads(_num_cores())
     try:
         predictor = inference.create_predictor(config)
-    except (RuntimeError, ValueError, OSError) as error:
+    # Its errors have no common class below Exception.
+    except Exception as error:
         raise ExportError(f"damaged: Paddle cannot open its program or weights ({error})") from error
     handle = predictor.get_input_handle(predictor.get_input_names()[0])
 

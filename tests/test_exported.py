@@ -91,8 +91,8 @@ def test_a_file_whose_parts_do_not_belong_together(small, tmp_path):
     with zipfile.ZipFile(small) as archive:
         meta = json.loads(archive.read(exported.META))
         program = next(name for name in archive.namelist() if name in exported.PROGRAMS)
-        weights = archive.read(exported.WEIGHTS)
-    for changed in ({program: b"{"}, {exported.WEIGHTS: weights[:100]}):
+        parts = {name: archive.read(name)[:100] for name in (program, exported.WEIGHTS)}
+    for changed in ({name: part} for name, part in parts.items()):
         with pytest.raises(ExportError, match="damaged: Paddle cannot open its program or weights"):
             ExportedNetwork(repacked(small, tmp_path / "x.passl", **changed))
     for values, shape, message in (
