@@ -83,7 +83,7 @@ def convert_source(source: Source, options: Options, backbone: Optional[Source] 
         copies += backbone.leave_out_copies(options.allow)
         kind, model = "probe", assembly.add_linear_on(backbone)
     else:
-        raise ConversionError(f"{source.path} holds {KINDS[kind]}: --backbone is for a linear classifier alone")
+        raise ConversionError(f"the file holds {KINDS[kind]}: --backbone is for a linear classifier alone")
     conversion = assembly.finish(kind, model)
     conversion.report.allowed += copies
     conversion.report.allow(options.allow)
@@ -95,7 +95,7 @@ def _kind(source: Source, options: Options) -> str:
     if options.checkpoint_key and options.kind not in (None, "backbone", "network"):
         raise ConversionError(f"--checkpoint-key is for a backbone or network, not for --kind {options.kind}")
     if options.checkpoint_key and networks and options.checkpoint_key not in networks:
-        raise ConversionError(f"{source.path} has no {options.checkpoint_key}: --checkpoint-key {networks[0]} is there")
+        raise ConversionError(f"the file has no {options.checkpoint_key}: --checkpoint-key {networks[0]} is there")
     if options.kind:
         return options.kind
     if options.checkpoint_key:
@@ -129,10 +129,10 @@ class _Assembly:
         """A DINO run: both networks and the centre."""
         for network in ("student", "teacher"):
             if network not in self.source.networks():
-                raise ConversionError(f"{self.source.path} has no {network}: it is no whole run")
+                raise ConversionError(f"the file has no {network}: it is no whole run")
             if "head" not in self.source.parts(network):
                 raise ConversionError(
-                    f"the {network} in {self.source.path} has no projection head of DINO, so it is no whole run: "
+                    f"the {network} in the file has no projection head of DINO, so it is no whole run: "
                     "--checkpoint-key teacher takes the teacher's backbone"
                 )
         student, teacher = (self._add_network(network, f"{network}.") for network in ("student", "teacher"))
@@ -256,7 +256,7 @@ class _Assembly:
         part = next((name for name in _LINEAR_PARTS if name in parts), "")
         weight = parts.get(part, {}).get("weight")
         if weight is None or weight.value.ndim != 2 or 0 in weight.value.shape:
-            raise ConversionError(f"{self.source.path} holds no linear classifier (linear.weight [classes, features])")
+            raise ConversionError("the file holds no linear classifier (linear.weight [classes, features])")
         num_classes, in_dim = self._torch_shape("weight", weight.value)
         section = {"in_dim": in_dim, "num_classes": num_classes, **self._probe_input(architecture, in_dim, part)}
         entries = {f"linear.linear.{name}": entry for name, entry in parts[part].items()}
