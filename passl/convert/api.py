@@ -109,7 +109,7 @@ def read_backbone(path: PathLike, checkpoint_key: str = "teacher") -> ConvertedB
         CheckpointFormatError, CheckpointError: as :func:`convert`.
     """
     source = open_source(path)
-    conversion = _checked(source, Options("backbone", checkpoint_key=checkpoint_key))
+    conversion = _checked(source, Options("backbone", None, _kept_arguments(source), None, checkpoint_key))
     assert conversion.architecture is not None
     return ConvertedBackbone(conversion.architecture.name, conversion.architecture.arguments, conversion.state)
 

@@ -21,7 +21,7 @@ _DEFAULT_ARGS = {
     "use_fp16": True, "weight_decay": 0.04, "weight_decay_end": 0.4, "clip_grad": 3.0, "batch_size_per_gpu": 64,
     "epochs": 100, "freeze_last_layer": 1, "lr": 0.0005, "warmup_epochs": 10, "min_lr": 1e-6, "optimizer": "adamw",
     "drop_path_rate": 0.1, "global_crops_scale": (0.4, 1.0), "local_crops_number": 8, "local_crops_scale": (0.05, 0.4),
-    "data_path": "./dataset/ILSVRC2012/train", "output_dir": "./output", "saveckp_freq": 20, "seed": 0,
+    "data_path": "./dataset/ILSVRC2012/train", "seed": 0,
     "num_workers": 10, "world_size": 1,
 }  # fmt: skip
 _OPTIMIZERS = {"adamw": "AdamW", "sgd": "Momentum", "lars": "LARS"}
@@ -105,7 +105,7 @@ def recipe_of(official_args: Mapping[str, Any], conversion: Conversion) -> dict[
             "device": "auto",
             "seed": int(args["seed"]),
             "epochs": int(args["epochs"]),
-            "output_dir": str(args["output_dir"]),
+            "output_dir": "./output",  # that of the arguments is a folder on another machine
         },
         "FP16": {"level": "O1" if args["use_fp16"] else "O0"},
         "Model": {**model, "freeze_last_layer": int(args["freeze_last_layer"])},

@@ -253,6 +253,10 @@ def _compared(
                     f"the {name} makes {list(ours[name].shape)} of an input of {shape}, and {origin} has "
                     f"{list(theirs.shape)}"
                 )
+            if not theirs.any():
+                raise ConversionError(
+                    f"all outputs of the {name} are 0 in {origin}: they say nothing about the weights"
+                )
             difference, limit = np.abs(ours[name] - theirs).max(), TOLERANCE * np.abs(theirs).max()
             line = f"verify: {name}, input {shape}: largest difference to {origin} {difference:.1e} ({{}} {limit:.1e})"
             # Not `>`: a NaN on either side must fail.

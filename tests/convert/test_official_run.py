@@ -65,7 +65,7 @@ def test_arguments_find_their_places(tmp_path, optimizer, name):
     config = checked_recipe(arguments, conversion_of(tmp_path, "resnet", in_dim=32, use_bn=True), tmp_path)
     assert config["Optimizer"] == {"name": name}
     assert config["FP16"] == {"level": "O0"}
-    assert config["Global"] == {"device": "auto", "seed": 7, "epochs": 200, "output_dir": "runs/x"}
+    assert config["Global"] == {"device": "auto", "seed": 7, "epochs": 200, "output_dir": "./output"}
     assert config["Model"]["freeze_last_layer"] == 3
     assert config["Model"]["head"]["norm_last_layer"] is False
     assert config["Model"]["head"]["use_bn"] is True
