@@ -142,6 +142,8 @@ class BatchNorm2D(nn.BatchNorm2D):
 def _batch_norm(layer: nn.Layer, x: Tensor) -> Tensor:
     """x: [B, C, ...] -> same shape; in training the running statistics of `layer` move as in PyTorch."""
     if not layer.training:
+        if paddle.in_dynamic_mode() and x.dtype == paddle.float32 and x.place.is_cpu_place():
+            return _normalise_exactly(layer, x)
         return F.batch_norm(x, layer._mean, layer._variance, layer.weight, layer.bias, epsilon=layer._epsilon)
     normalise = _normalise_by_all if distributed.world_size() > 1 else _normalise_by_own
     y, mean, variance = normalise(layer, x)
@@ -149,6 +151,17 @@ def _batch_norm(layer: nn.Layer, x: Tensor) -> Tensor:
         for running, batch in ((layer._mean, mean), (layer._variance, variance)):
             running.set_value(layer._momentum * running + (1.0 - layer._momentum) * batch)
     return y
+
+
+def _normalise_exactly(layer: nn.Layer, x: Tensor) -> Tensor:
+    """x by the running statistics, on a CPU, whose kernel approximates 1/sqrt(variance): by 1.2e-7 too much at 1, which
+    adds up over the layers of a ResNet. At 4/9 it is exact to 4e-9, so the rest is put into the weight.
+    """
+    scale = layer.weight.astype("float64") / (layer._variance.astype("float64") + layer._epsilon).sqrt()
+    shift = layer.bias.astype("float64") - scale * layer._mean.astype("float64")
+    zero = paddle.zeros_like(layer._mean)
+    scale = (scale * (2 / 3)).astype(zero.dtype)
+    return F.batch_norm(x, zero, paddle.full_like(zero, 4 / 9), scale, shift.astype(zero.dtype), epsilon=0.0)
 
 
 def _normalise_by_own(layer: nn.Layer, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -143,4 +143,4 @@ def test_networks_can_be_exported(tmp_path, build, size):
     paddle.jit.save(model, str(tmp_path / "model"), input_spec=[paddle.static.InputSpec([None, 3, *size])])
     loaded = paddle.jit.load(str(tmp_path / "model"))
     x = paddle.randn([3, 3, 16, 24])
-    assert_close(loaded(x).detach(), model(x).detach(), 1e-6)
+    assert_close(loaded(x).detach(), model(x).detach(), 5e-6)
