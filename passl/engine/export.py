@@ -75,11 +75,7 @@ def export_config(config: Config, options: ExportOptions) -> tuple[Path, Meta]:
     run.set_up(settings)
     paddle.seed(settings.seed)
     model = build.model(config)
-    is_whole = True
-    if settings.pretrained_model:
-        is_whole = start.load_pretrained(settings, model)
-    else:
-        logger.warning("Global.pretrained_model is not given: exporting an untrained %s", type(model).__name__)
+    is_whole = start.load_given(settings, model, "exporting")
     model.eval()
     sides = options.image_size or _configured_size(section.get("input_shape"))
     preprocessing, (height, width) = _preprocessing(config, sides)

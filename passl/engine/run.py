@@ -144,11 +144,7 @@ def evaluate_config(config: Config, source: Config) -> dict[str, float]:
     log.setup(folder / "eval.log" if distributed.is_main() else None, quiet=not distributed.is_main())
     paddle.seed(settings.seed)
     model = build.model(config)
-    is_whole = True
-    if settings.pretrained_model:
-        is_whole = start.load_pretrained(settings, model)
-    else:
-        logger.warning("Global.pretrained_model is not given: evaluating an untrained %s", type(model).__name__)
+    is_whole = start.load_given(settings, model, "evaluating")
     found = build.evaluators(config, model)
     if not found:
         raise ConfigError(["nothing to evaluate: add Evaluators (for example KNN) or DataLoader.Eval"])

@@ -34,6 +34,14 @@ def load_start(settings: GlobalSettings, method: Method) -> None:
         )
 
 
+def load_given(settings: GlobalSettings, model: nn.Layer, doing: str) -> bool:
+    """Pre-trained weights for a model that is used as it is; False if they are those of its backbone alone."""
+    if settings.pretrained_model:
+        return load_pretrained(settings, model)
+    logger.warning("Global.pretrained_model is not given: %s an untrained %s", doing, type(model).__name__)
+    return True
+
+
 def identity_of(loader: Loader, line: Timeline, seed: int) -> dict[str, int]:
     """What must be the same for a run to be the same: with another value its batches are others."""
     return {
