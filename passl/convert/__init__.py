@@ -4,12 +4,12 @@ them.
 
 from typing import Any
 
-from passl.convert.limits import CheckpointFormatError
-from passl.convert.paddle_writer import save_pdparams
-from passl.convert.safetensors import load_safetensors, save_safetensors
-from passl.convert.storage import BFLOAT16
-from passl.convert.torch_reader import load_torch
-from passl.convert.torch_writer import save_torch
+from passl.formats.limits import CheckpointFormatError
+from passl.formats.paddle_writer import save_pdparams
+from passl.formats.safetensors import load_safetensors, save_safetensors
+from passl.formats.storage import BFLOAT16
+from passl.formats.torch_reader import load_torch
+from passl.formats.torch_writer import save_torch
 
 # These know the architectures and so import Paddle, which reading and writing files does not need.
 _WITH_PADDLE = {

@@ -15,15 +15,15 @@ from paddle import nn
 import passl
 from passl import checkpoint
 from passl.config import to_yaml
-from passl.convert.atomic import replacing
 from passl.convert.conversion import Conversion, Options, convert_source
 from passl.convert.official_run import ResumeState, resume_state
-from passl.convert.paddle_writer import save_pdparams
 from passl.convert.report import ConversionError
-from passl.convert.safetensors import save_safetensors
 from passl.convert.source import Source, open_source, stem
 from passl.convert.to_torch import official_files, state_dict
-from passl.convert.torch_writer import save_torch
+from passl.formats.atomic import replacing
+from passl.formats.paddle_writer import save_pdparams
+from passl.formats.safetensors import save_safetensors
+from passl.formats.torch_writer import save_torch
 
 _WRITTEN_SUFFIXES = (".pth", ".pt", ".pth.tar", ".tar", ".ckpt", ".bin")
 TARGETS = ("paddle", "torch", "safetensors")

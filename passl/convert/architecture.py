@@ -13,8 +13,8 @@ from paddle import nn
 
 import passl.models  # noqa: F401  (registers the backbones)
 from passl.convert.layout import blueprint
-from passl.convert.limits import DAMAGE
 from passl.convert.report import ConversionError
+from passl.formats.limits import DAMAGE
 from passl.models.dino import DINOHead
 from passl.registry import BACKBONES
 

@@ -14,7 +14,7 @@ from passl.convert.layout import Slot, blueprint, counters, prefixed, slots
 from passl.convert.renames import official
 from passl.convert.report import ConversionError, Report
 from passl.convert.source import Entry, Source
-from passl.convert.storage import BFLOAT16
+from passl.formats.storage import BFLOAT16
 from passl.models.dino import DINOHead
 from passl.models.probe import LinearClassifier
 

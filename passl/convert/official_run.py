@@ -10,10 +10,10 @@ import numpy as np
 
 from passl.convert.conversion import Conversion
 from passl.convert.layout import Slot
-from passl.convert.limits import DAMAGE
 from passl.convert.optimizer_state import from_official
 from passl.convert.report import ConversionError
 from passl.convert.source import Source
+from passl.formats.limits import DAMAGE
 
 _DEFAULT_ARGS = {
     "arch": "vit_small", "patch_size": 16, "out_dim": 65536, "norm_last_layer": True, "momentum_teacher": 0.996,

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
-from passl.convert.limits import CheckpointFormatError
+from passl.formats.limits import CheckpointFormatError
 
 _INDENT: dict[str, Any] = {
     "initial_indent": "  ",

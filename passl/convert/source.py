@@ -16,8 +16,8 @@ import numpy as np
 
 from passl import checkpoint
 from passl.convert.report import ConversionError
-from passl.convert.storage import BFLOAT16
-from passl.convert.torch_reader import load_torch
+from passl.formats.storage import BFLOAT16
+from passl.formats.torch_reader import load_torch
 
 TORCH_SUFFIXES = (".safetensors", ".pth", ".pth.tar", ".pt", ".ckpt", ".bin", ".tar")
 _SUFFIXES = (checkpoint.PARAMS, *TORCH_SUFFIXES)

@@ -19,7 +19,7 @@ from passl import checkpoint
 from passl.convert.conversion import Conversion
 from passl.convert.report import ConversionError
 from passl.convert.source import find_file
-from passl.convert.storage import BFLOAT16
+from passl.formats.storage import BFLOAT16
 from passl.models.dino import DINOHead
 from passl.models.probe import LinearClassifier, LinearProbe
 from passl.registry import BACKBONES

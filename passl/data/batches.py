@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Optional
 
 import numpy as np
 
-from passl.data.datasets import ImageFiles
 from passl.data.image_io import UnreadableImageError
+from passl.data.samples import Samples
 
 VIEW_KEYS = ("global_crops", "local_crops")
 
@@ -26,20 +26,30 @@ class LoadedBatch:
     bad_samples: list[tuple[str, str]]
 
 
-def load_batch(dataset: ImageFiles, batch: Sequence[tuple[int, int]], seed: int) -> LoadedBatch:
+def load_batch(
+    dataset: Samples,
+    batch: Sequence[tuple[int, int]],
+    seed: int,
+    entering: Optional[Callable[[int, int], None]] = None,
+) -> LoadedBatch:
     """Load and collate the samples (epoch, index) of `batch`, each with `default_rng([seed, epoch, index])`.
 
     A sample whose file cannot be read is replaced by one that its generator draws. Other exceptions pass, with
     a `SampleError` as their cause that names the sample.
+
+    Args:
+        entering: called with (epoch, index) before each sample.
     """
     samples: list[dict[str, Any]] = []
     bad_samples: list[tuple[str, str]] = []
     for epoch, index in batch:
+        if entering is not None:
+            entering(epoch, index)
         rng = np.random.default_rng([seed, epoch, index])
         try:
             sample = _sample_or_replacement(dataset, index, rng, bad_samples)
         except Exception as error:
-            raise error from SampleError(f"while loading sample {index} ({dataset.paths[index]}) in epoch {epoch}")
+            raise error from SampleError(f"while loading sample {index} ({dataset.describe(index)}) in epoch {epoch}")
         if sample is None:
             return LoadedBatch(None, bad_samples)
         samples.append(sample)
@@ -47,7 +57,7 @@ def load_batch(dataset: ImageFiles, batch: Sequence[tuple[int, int]], seed: int)
 
 
 def _sample_or_replacement(
-    dataset: ImageFiles, index: int, rng: np.random.Generator, bad_samples: list[tuple[str, str]]
+    dataset: Samples, index: int, rng: np.random.Generator, bad_samples: list[tuple[str, str]]
 ) -> Optional[dict[str, Any]]:
     failures = 0
     for candidate in _candidates(index, len(dataset), rng):

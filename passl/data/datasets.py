@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any, Optional, Union
 
 import numpy as np
-from PIL import Image
 
-from passl.data.image_io import image_extensions, read_rgb
+from passl.data.image_io import ImageSource, image_extensions, read_source
+from passl.data.samples import ImageSamples
 from passl.registry import DATASETS, did_you_mean
 
 PathLike = Union[str, os.PathLike]
@@ -21,14 +21,11 @@ _MAX_PROBLEMS_SHOWN = 10
 _MAX_LABEL = 2**63 - 1  # labels are int64
 
 
-class ImageFiles:
-    """Image files on disk with optional labels; what both data sets have in common.
+class ImageFiles(ImageSamples):
+    """Image files on disk; what the data sets of this module have in common.
 
     Attributes:
         paths: of the files, in the data set's order.
-        labels: int64 array [len(paths)], or None.
-        class_names: the class of label i is `class_names[i]`; empty without labels, or where they are only numbers.
-        max_bad_samples: how many different unreadable files a `Loader` replaces before it gives up.
     """
 
     def __init__(
@@ -39,31 +36,17 @@ class ImageFiles:
         transform: Optional[Callable[..., Any]],
         max_bad_samples: int,
     ) -> None:
-        if max_bad_samples < 0:
-            raise ValueError(f"max_bad_samples must be at least 0, not {max_bad_samples!r}")
+        super().__init__(labels, class_names, transform, max_bad_samples)
         self.paths = paths
-        self.labels = None if labels is None else np.asarray(labels, np.int64)
-        self.class_names = list(class_names)
-        self.transform = transform
-        self.max_bad_samples = max_bad_samples
 
     def __len__(self) -> int:
         return len(self.paths)
 
-    def load(self, index: int) -> Image.Image:
-        """The image in mode RGB, untransformed. Raises UnreadableImageError."""
-        return read_rgb(self.paths[index])
+    def describe(self, index: int) -> str:
+        return self.paths[index]
 
-    def sample(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
-        """The transformed image as `image` (or what the transform returns, if that is a dict), `index` and, if
-        there are labels, `label`; both int64. Raises UnreadableImageError."""
-        image = self.load(index)
-        transformed = image if self.transform is None else self.transform(image, rng)
-        sample = dict(transformed) if isinstance(transformed, dict) else {"image": transformed}
-        sample["index"] = np.int64(index)
-        if self.labels is not None:
-            sample["label"] = self.labels[index]
-        return sample
+    def read(self, index: int) -> ImageSource:
+        return read_source(self.paths[index])
 
 
 @DATASETS.register()

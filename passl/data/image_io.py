@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import io
 import os
 import struct
+from dataclasses import dataclass
 from typing import Union
 
 import numpy as np
@@ -35,31 +37,52 @@ def image_extensions() -> frozenset[str]:
     return frozenset(extension for extension, image_format in formats.items() if image_format in readable)
 
 
-def read_rgb(path: Union[str, os.PathLike]) -> Image.Image:
-    """Decode the image file `path` (its first frame) completely and return it in mode RGB.
+@dataclass(frozen=True)
+class ImageSource:
+    """The bytes of an image file, not decoded yet. `name` is the file's path, or `tarball!member`."""
 
-    - Grey, palette, CMYK and other 8-bit modes: Pillow's `convert("RGB")`; transparency is dropped, not
-      blended, as the official code does.
-    - 16-bit, 32-bit and float images: reduced by `reduce_to_8_bit` (Pillow itself would clip to white).
-    - An EXIF orientation is applied: the image is returned upright.
+    name: str
+    data: bytes
 
-    Raises:
-        UnreadableImageError: missing, empty, truncated, damaged or not an image, or larger than
-            `PIL.Image.MAX_IMAGE_PIXELS` allows (a decompression bomb).
-    """
+    def rgb(self) -> Image.Image:
+        """The image (its first frame), decoded completely, in mode RGB.
+
+        - Grey, palette, CMYK and other 8-bit modes: Pillow's `convert("RGB")`; transparency is dropped, not
+          blended, as the official code does.
+        - 16-bit, 32-bit and float images: reduced by `reduce_to_8_bit` (Pillow itself would clip to white).
+        - An EXIF orientation is applied: the image is returned upright.
+
+        Raises:
+            UnreadableImageError: empty, truncated, damaged or not an image, or larger than
+                `PIL.Image.MAX_IMAGE_PIXELS` allows (a decompression bomb).
+        """
+        if not self.data:
+            raise UnreadableImageError(self.name, "the file is empty (0 bytes)")
+        try:
+            with Image.open(io.BytesIO(self.data)) as image:
+                image.load()
+                return to_rgb(_upright(image))
+        except (UnreadableImageError, MemoryError):
+            raise
+        # Pillow's decoders raise OSError, SyntaxError, ValueError, EOFError, struct.error, KeyError ... for damaged
+        # files: there is no narrower common class.
+        except Exception as error:
+            raise UnreadableImageError(self.name, _reason(error)) from error
+
+
+def read_source(path: Union[str, os.PathLike]) -> ImageSource:
+    """The bytes of the file `path`. Raises UnreadableImageError when it is missing or cannot be read."""
     path = os.fspath(path)
     try:
-        if os.path.getsize(path) == 0:
-            raise UnreadableImageError(path, "the file is empty (0 bytes)")
-        with Image.open(path) as image:
-            image.load()
-            return to_rgb(_upright(image))
-    except (UnreadableImageError, MemoryError):
-        raise
-    # Pillow's decoders raise OSError, SyntaxError, ValueError, EOFError, struct.error, KeyError ... for damaged
-    # files: there is no narrower common class.
-    except Exception as error:
+        with open(path, "rb") as file:
+            return ImageSource(path, file.read())
+    except OSError as error:
         raise UnreadableImageError(path, _reason(error)) from error
+
+
+def read_rgb(path: Union[str, os.PathLike]) -> Image.Image:
+    """The image file `path` in mode RGB, see `ImageSource.rgb`."""
+    return read_source(path).rgb()
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

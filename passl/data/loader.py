@@ -15,7 +15,7 @@ from typing import Any, Optional
 import numpy as np
 
 from passl.data.batches import LoadedBatch, load_batch
-from passl.data.datasets import ImageFiles
+from passl.data.samples import Samples
 
 logger = logging.getLogger("passl")
 
@@ -120,7 +120,7 @@ class Loader:
 
     def __init__(
         self,
-        dataset: ImageFiles,
+        dataset: Samples,
         sampler: EpochSampler,
         num_workers: int = 0,
         seed: int = 0,

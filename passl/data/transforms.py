@@ -236,10 +236,11 @@ def check_jitter_strengths(brightness: float, contrast: float, saturation: float
 
 
 class Compose:
-    """Apply `transforms` one after the other with one generator."""
+    """Apply `transforms` one after the other with one generator; it takes what the first of them takes."""
 
     def __init__(self, transforms: Sequence[Callable[..., Any]]) -> None:
         self.transforms = list(transforms)
+        self.takes_source = bool(self.transforms) and getattr(self.transforms[0], "takes_source", False)
 
     def __call__(self, image: Any, rng: Optional[Generator] = None) -> Any:
         for transform in self.transforms:

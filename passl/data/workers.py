@@ -22,7 +22,7 @@ import numpy as np
 import paddle
 
 from passl.data.batches import LoadedBatch, SampleError, load_batch
-from passl.data.datasets import ImageFiles
+from passl.data.samples import Samples
 
 _PR_SET_PDEATHSIG = 1
 
@@ -32,7 +32,7 @@ class WorkerDiedError(RuntimeError):
 
 
 def load(
-    dataset: ImageFiles,
+    dataset: Samples,
     batches: Iterator[list[tuple[int, int]]],
     seed: int,
     num_workers: int,
@@ -97,7 +97,7 @@ def _results(iterator: Any) -> Iterator[dict[str, Any]]:
 class _Batches:
     """What the workers index: a whole batch is one item, so that exceptions are caught in one place."""
 
-    def __init__(self, dataset: ImageFiles, seed: int) -> None:
+    def __init__(self, dataset: Samples, seed: int) -> None:
         self.dataset = dataset
         self.seed = seed
 

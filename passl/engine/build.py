@@ -10,8 +10,8 @@ from paddle import nn
 
 from passl import distributed
 from passl.config import Config, ConfigError, component_parts
-from passl.data.datasets import ImageFiles
 from passl.data.loader import EpochSampler, Loader
+from passl.data.samples import Samples
 from passl.data.transforms import Compose
 from passl.engine.optim import Optimizer
 from passl.engine.precision import GradScalerSettings, Precision
@@ -148,7 +148,7 @@ def evaluators(config: Config, subject: nn.Layer) -> list[Evaluator]:
     return list(found.values())
 
 
-def check_labels(model: nn.Layer, train: Optional[ImageFiles], evaluators: Sequence[Evaluator]) -> None:
+def check_labels(model: nn.Layer, train: Optional[Samples], evaluators: Sequence[Evaluator]) -> None:
     """A model that predicts classes needs labels below ``num_classes``, the same in training and evaluation.
 
     Raises:

@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from passl.convert import CheckpointFormatError, load_torch, pickle_machine
+from passl.convert import CheckpointFormatError, load_torch
+from passl.formats import pickle_machine
 from tests.convert.test_torch_files import FLOATS, load_and_measure
 from tests.convert.writer import Call, Named, Raw, Storage, pickled, tensor, view, write_legacy, write_zip
 

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from passl.convert import BFLOAT16, load_torch, save_torch
-from passl.convert.storage import MappedFile
-from passl.convert.zip_members import zip_members
+from passl.formats.storage import MappedFile
+from passl.formats.zip_members import zip_members
 from tests.convert.contents import arrays_of_all_kinds, assert_same
 
 pytestmark = pytest.mark.smoke

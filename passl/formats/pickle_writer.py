@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from passl.convert.limits import shown
+from passl.formats.limits import shown
 
 _MAX_DEPTH = 100
 Keys = tuple[Any, ...]

@@ -9,9 +9,9 @@ from typing import Any, Union
 
 import numpy as np
 
-from passl.convert.atomic import replacing
-from passl.convert.pickle_writer import Keys, PickleWriter, where
-from passl.convert.storage import checked_element, content
+from passl.formats.atomic import replacing
+from passl.formats.pickle_writer import Keys, PickleWriter, where
+from passl.formats.storage import checked_element, content
 
 _PARAMETER_NAMES = "StructuredToParameterName@@"
 # Paddle saves bfloat16 as its bits and so takes every uint16 for bfloat16; it has no wider unsigned types.

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Optional, Union
 
 import numpy as np
 
-from passl.convert.limits import Budget, CheckpointFormatError, shown
+from passl.formats.limits import Budget, CheckpointFormatError, shown
 
 MAX_DIMENSIONS = 32  # of numpy 1
 Buffer = Union[mmap.mmap, np.ndarray]

@@ -14,13 +14,13 @@ from typing import Any, Literal, NamedTuple, Optional, Union
 
 import numpy as np
 
-from passl.convert.limits import DAMAGE, Budget, CheckpointFormatError, RefusedGlobalError, blaming, shown
-from passl.convert.pickle_globals import Globals, StorageType
-from passl.convert.pickle_machine import PickleMachine
-from passl.convert.safetensors import load_safetensors
-from passl.convert.storage import Element, MappedFile, Storage, widens
-from passl.convert.tree import check_tree
-from passl.convert.zip_members import Member, check_member, zip_members
+from passl.formats.limits import DAMAGE, Budget, CheckpointFormatError, RefusedGlobalError, blaming, shown
+from passl.formats.pickle_globals import Globals, StorageType
+from passl.formats.pickle_machine import PickleMachine
+from passl.formats.safetensors import load_safetensors
+from passl.formats.storage import Element, MappedFile, Storage, widens
+from passl.formats.tree import check_tree
+from passl.formats.zip_members import Member, check_member, zip_members
 
 _MAGIC_NUMBER = 0x1950A86A20F9469CFC6C
 _PROTOCOL_VERSION = 1001

@@ -12,10 +12,10 @@ from typing import Any, BinaryIO, Union
 
 import numpy as np
 
-from passl.convert.atomic import replacing
-from passl.convert.pickle_globals import STORAGES
-from passl.convert.pickle_writer import Keys, PickleWriter, where
-from passl.convert.storage import checked_element, content, contiguous_strides
+from passl.formats.atomic import replacing
+from passl.formats.pickle_globals import STORAGES
+from passl.formats.pickle_writer import Keys, PickleWriter, where
+from passl.formats.storage import checked_element, content, contiguous_strides
 
 # The name that torch.save gives when it does not know the file's: equal values make equal files, whatever their names.
 _ROOT = "archive"

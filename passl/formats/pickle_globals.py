@@ -16,9 +16,9 @@ from typing import Any, NamedTuple, Union
 
 import numpy as np
 
-from passl.convert.limits import Budget, CheckpointFormatError, shown
-from passl.convert.pickle_machine import Global, add_items, checked_key
-from passl.convert.storage import ELEMENTS, MAX_DIMENSIONS, Element
+from passl.formats.limits import Budget, CheckpointFormatError, shown
+from passl.formats.pickle_machine import Global, add_items, checked_key
+from passl.formats.storage import ELEMENTS, MAX_DIMENSIONS, Element
 
 _NUMPY_DTYPE = re.compile(r"[<>|=]?(b1|[iu][1248]|f[248]|c(8|16)|[SU][1-9][0-9]{0,5})")
 _ITEM_BYTES = 64  # of a list, a set or a dict, about

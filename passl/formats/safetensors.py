@@ -11,9 +11,9 @@ from typing import Any, Literal, Optional, Union
 
 import numpy as np
 
-from passl.convert.atomic import replacing
-from passl.convert.limits import Budget, CheckpointFormatError, blaming, shown
-from passl.convert.storage import (
+from passl.formats.atomic import replacing
+from passl.formats.limits import Budget, CheckpointFormatError, blaming, shown
+from passl.formats.storage import (
     ELEMENTS,
     MAX_DIMENSIONS,
     Element,

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Optional, Union
 
 import numpy as np
 
-from passl.convert.limits import CheckpointFormatError, RefusedGlobalError
+from passl.formats.limits import CheckpointFormatError, RefusedGlobalError
 
 # A checkpoint of 1000 tensors takes 40 000, a list of the labels of ImageNet 1.3 million; an empty set has 216 bytes.
 _MAX_OPERATIONS = 2_000_000

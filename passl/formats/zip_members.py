@@ -11,8 +11,8 @@ import zlib
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from passl.convert.limits import CheckpointFormatError
-from passl.convert.storage import MappedFile
+from passl.formats.limits import CheckpointFormatError
+from passl.formats.storage import MappedFile
 
 _END = struct.Struct("<4s4H2LH")
 _END_64 = struct.Struct("<4sQ2H2L4Q")

@@ -1,38 +1,30 @@
-"""``passl-data``: make and check data sets."""
+"""``passl-data demo``"""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Optional
-
-from passl.cli.common import RUN_ERROR, new_parser, stop
-
-_DATA_HELP = "Make and check data sets."
+from typing import Any
 
 
-def data_main(arguments: Optional[Sequence[str]] = None) -> None:
-    """``passl-data``"""
-    parser = new_parser("passl-data", _DATA_HELP)
-    commands = parser.add_subparsers(dest="command", required=True)
-    demo = commands.add_parser(
+def add_to(commands: Any) -> None:
+    parser = commands.add_parser(
         "demo",
         help="draw the demo data set: ten classes of shapes on clutter",
         description="Draw the demo data set: ten classes of shapes. Colour, pose, size, texture and clutter say "
         "nothing about the class.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    add = demo.add_argument
+    add = parser.add_argument
     add("--out", type=Path, required=True, help="folder to make; gets {train,val}/<class>/<number>.png")
     add("--train-per-class", type=int, default=500, help="training images of each class")
     add("--val-per-class", type=int, default=100, help="validation images of each class")
     add("--size", type=int, default=48, help="side of the images in pixels")
     add("--seed", type=int, default=0, help="another seed draws other images")
-    _make_demo(parser.parse_args(arguments))
+    parser.set_defaults(run=_run)
 
 
-def _make_demo(options: argparse.Namespace) -> None:
+def _run(options: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from passl.data.demo import make_demo
@@ -43,10 +35,7 @@ def _make_demo(options: argparse.Namespace) -> None:
             bar.total = total
             bar.update(drawn - bar.n)
 
-        try:
-            drawn = make_demo(
-                options.out, options.train_per_class, options.val_per_class, options.size, options.seed, progress=show
-            )
-        except (ValueError, OSError) as error:
-            stop(error, RUN_ERROR)
+        drawn = make_demo(
+            options.out, options.train_per_class, options.val_per_class, options.size, options.seed, progress=show
+        )
     print(f"{options.out}: {drawn} images drawn" if drawn else f"{options.out}: complete already")

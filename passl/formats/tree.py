@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from passl.convert.limits import CheckpointFormatError
+from passl.formats.limits import CheckpointFormatError
 
 _MAX_DEPTH = 100
 _MAX_ITEMS = 10_000_000

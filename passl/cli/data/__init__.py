@@ -1,0 +1,25 @@
+"""``passl-data``: make and check data sets. Each command is a module with ``add_to(commands)``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Optional
+
+from passl.cli.common import RUN_ERROR, new_parser, stop
+from passl.cli.data import demo
+
+_HELP = "Make and check data sets."
+_COMMANDS = (demo,)
+
+
+def data_main(arguments: Optional[Sequence[str]] = None) -> None:
+    """``passl-data``"""
+    parser = new_parser("passl-data", _HELP)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for command in _COMMANDS:
+        command.add_to(commands)
+    options = parser.parse_args(arguments)
+    try:
+        options.run(options)
+    except (ValueError, OSError) as error:
+        stop(error, RUN_ERROR)

@@ -1,0 +1,82 @@
+"""What a loader needs of a data set, and what all data sets of images share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Optional
+
+import numpy as np
+from PIL import Image
+
+from passl.data.image_io import ImageSource
+
+
+class Samples:
+    """A data set: numbered samples, labelled or not.
+
+    Attributes:
+        labels: int64 array [len(self)], or None.
+        class_names: the class of label i is `class_names[i]`; empty without labels, or where they are only numbers.
+        max_bad_samples: how many different unreadable samples a `Loader` replaces before it gives up.
+    """
+
+    def __init__(self, labels: Optional[Sequence[int]], class_names: Sequence[str], max_bad_samples: int) -> None:
+        if max_bad_samples < 0:
+            raise ValueError(f"max_bad_samples must be at least 0, not {max_bad_samples!r}")
+        self.labels = None if labels is None else np.asarray(labels, np.int64)
+        self.class_names = list(class_names)
+        self.max_bad_samples = max_bad_samples
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def describe(self, index: int) -> str:
+        """Where sample `index` comes from, for messages: a path, or `tarball!member`."""
+        raise NotImplementedError
+
+    def content(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
+        """The arrays of sample `index`, by name. Raises UnreadableImageError."""
+        raise NotImplementedError
+
+    def sample(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
+        """`content`, with `index` and, if there are labels, `label`; both int64. Raises UnreadableImageError."""
+        sample = self.content(index, rng)
+        sample["index"] = np.int64(index)
+        if self.labels is not None:
+            sample["label"] = self.labels[index]
+        return sample
+
+
+class ImageSamples(Samples):
+    """Images and what is done with each.
+
+    Args:
+        transform: called as `transform(image, rng)` with the image in mode RGB; one with a true attribute
+            `takes_source` gets the `ImageSource` and decodes it by itself.
+    """
+
+    def __init__(
+        self,
+        labels: Optional[Sequence[int]],
+        class_names: Sequence[str],
+        transform: Optional[Callable[..., Any]],
+        max_bad_samples: int,
+    ) -> None:
+        super().__init__(labels, class_names, max_bad_samples)
+        self.transform = transform
+
+    def read(self, index: int) -> ImageSource:
+        """The undecoded image. Raises UnreadableImageError."""
+        raise NotImplementedError
+
+    def load(self, index: int) -> Image.Image:
+        """The image in mode RGB, untransformed. Raises UnreadableImageError."""
+        return self.read(index).rgb()
+
+    def content(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
+        """The transformed image as `image`, or what the transform returns, if that is a dict."""
+        source = self.read(index)
+        takes_source = getattr(self.transform, "takes_source", False)
+        image = source if takes_source else source.rgb()
+        transformed = image if self.transform is None else self.transform(image, rng)
+        return dict(transformed) if isinstance(transformed, dict) else {"image": transformed}
