@@ -35,8 +35,9 @@ class ImageFiles(ImageSamples):
         class_names: Sequence[str],
         transform: Optional[Callable[..., Any]],
         max_bad_samples: int,
+        channels: Optional[int] = None,
     ) -> None:
-        super().__init__(labels, class_names, transform, max_bad_samples)
+        super().__init__(labels, class_names, transform, max_bad_samples, channels)
         self.paths = paths
 
     def __len__(self) -> int:
@@ -54,7 +55,7 @@ class ImageFolder(ImageFiles):
     """`root/<class>/.../<image>`: each folder in `root` is a class; classes and files are in sorted order.
 
     `root` takes `~`. Files and folders whose names begin with a dot, and files without an image's extension,
-    are ignored.
+    are ignored. `.npy` is one where `channels` is given.
 
     Raises:
         FileNotFoundError: `root` is missing, or has no class folders, or a class has no images.
@@ -66,10 +67,11 @@ class ImageFolder(ImageFiles):
         root: PathLike,
         transform: Optional[Callable[..., Any]] = None,
         max_bad_samples: int = 10,
+        channels: Optional[int] = None,
     ) -> None:
         root = _existing_folder(root)
         entries = sorted(os.scandir(root), key=lambda entry: entry.name)
-        stray = [entry.name for entry in entries if _is_image(entry.name) and entry.is_file()]
+        stray = [entry.name for entry in entries if _is_image(entry.name, channels) and entry.is_file()]
         if stray:
             raise ValueError(
                 f"{root} contains images directly (such as {stray[0]!r}), but ImageFolder needs a folder per "
@@ -78,7 +80,7 @@ class ImageFolder(ImageFiles):
         class_names = [entry.name for entry in entries if entry.is_dir() and not _hidden(entry.name)]
         if not class_names:
             raise FileNotFoundError(f"{root} contains no class folders")
-        files_of_class = [list(_image_files(os.path.join(root, name))) for name in class_names]
+        files_of_class = [list(_image_files(os.path.join(root, name), channels)) for name in class_names]
         empty = [name for name, files in zip(class_names, files_of_class) if not files]
         if empty:
             raise FileNotFoundError(f"{root}: no images in the class folder(s) {_shortened(empty)}")
@@ -88,6 +90,7 @@ class ImageFolder(ImageFiles):
             class_names=class_names,
             transform=transform,
             max_bad_samples=max_bad_samples,
+            channels=channels,
         )
 
 
@@ -116,13 +119,14 @@ class ImageList(ImageFiles):
         class_names: Optional[Sequence[str]] = None,
         transform: Optional[Callable[..., Any]] = None,
         max_bad_samples: int = 10,
+        channels: Optional[int] = None,
     ) -> None:
         if root is None and list_file is None:
             raise ValueError("ImageList needs a root (a folder of images), a list_file, or both")
         if root is not None:
             root = _existing_folder(root)
         if list_file is None:
-            paths, names = list(_image_files(root)), None
+            paths, names = list(_image_files(root, channels)), None
             if not paths:
                 raise FileNotFoundError(f"{root} contains no images, nor do its sub-folders")
         else:
@@ -130,7 +134,7 @@ class ImageList(ImageFiles):
         if names is None and class_names is not None:
             raise ValueError("class_names is given, but there are no labels")
         labels, class_names = (None, ()) if names is None else _number_labels(names, class_names, list_file)
-        super().__init__(paths, labels, class_names, transform, max_bad_samples)
+        super().__init__(paths, labels, class_names, transform, max_bad_samples, channels)
 
 
 # --- folders ---
@@ -140,8 +144,8 @@ def _hidden(name: str) -> bool:
     return name.startswith(".")
 
 
-def _is_image(name: str) -> bool:
-    return os.path.splitext(name)[1].lower() in image_extensions() and not _hidden(name)
+def _is_image(name: str, channels: Optional[int]) -> bool:
+    return os.path.splitext(name)[1].lower() in image_extensions(channels) and not _hidden(name)
 
 
 def _existing_folder(root: PathLike) -> str:
@@ -151,14 +155,14 @@ def _existing_folder(root: PathLike) -> str:
     return root
 
 
-def _image_files(folder: str) -> Iterator[str]:
+def _image_files(folder: str, channels: Optional[int]) -> Iterator[str]:
     """All images under `folder` in the official order: sorted by folder, then by name."""
     found = []
     for parent, folders, names in os.walk(folder, followlinks=True, onerror=_raise):
         folders[:] = [name for name in folders if not _hidden(name)]
         found.append((parent, names))
     for parent, names in sorted(found):
-        yield from (os.path.join(parent, name) for name in sorted(names) if _is_image(name))
+        yield from (os.path.join(parent, name) for name in sorted(names) if _is_image(name, channels))
 
 
 def _raise(error: OSError) -> None:

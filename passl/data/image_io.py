@@ -1,48 +1,61 @@
-"""Reading any image file that Pillow can open as an 8-bit RGB image."""
+"""Reading image files: any that Pillow can open as an 8-bit RGB image, or as they are stored."""
 
 from __future__ import annotations
 
 import functools
 import io
 import os
-import struct
 from dataclasses import dataclass
-from typing import Union
+from typing import Optional, Union
 
 import numpy as np
 from PIL import Image, ImageOps
 
-_EXIF_ORIENTATION = 0x0112
+from passl.data.errors import UnreadableImageError
+from passl.data.raw_images import is_eight_bit, orientation_of, read_array, reason_of
+
+# What transforms get: 8-bit RGB as Pillow's, all else as an array [H, W, C].
+AnyImage = Union[Image.Image, np.ndarray]
 # Formats that Pillow registers a reader for without being able to decode them by itself.
 _UNDECODABLE_FORMATS = frozenset({"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"})
-
-
-class UnreadableImageError(ValueError):
-    """A file that cannot be decoded as an image. Attributes: `path` and `reason`, both strings."""
-
-    def __init__(self, path: str, reason: str) -> None:
-        super().__init__(path, reason)
-        self.path = path
-        self.reason = reason
-
-    def __str__(self) -> str:
-        return f"{self.path}: {self.reason}"
+_NPY_REASON = "an array, not a picture: say what it is in the configuration's section Data, such as Data.channels=3"
 
 
 @functools.cache
-def image_extensions() -> frozenset[str]:
-    """Lower-case file extensions, with the dot, of all formats this Pillow can decode."""
+def image_extensions(channels: Optional[int] = None) -> frozenset[str]:
+    """Lower-case file extensions, with the dot, of all formats this Pillow can decode; with `channels` also `.npy`."""
     formats = Image.registered_extensions()
     readable = Image.OPEN.keys() - _UNDECODABLE_FORMATS
-    return frozenset(extension for extension, image_format in formats.items() if image_format in readable)
+    found = {extension for extension, image_format in formats.items() if image_format in readable}
+    return frozenset(found if channels is None else {*found, ".npy"})
 
 
 @dataclass(frozen=True)
 class ImageSource:
-    """The bytes of an image file, not decoded yet. `name` is the file's path, or `tarball!member`."""
+    """The bytes of an image file, not decoded yet.
+
+    Attributes:
+        name: the file's path, or `tarball!member`.
+        channels: None: every image becomes 8-bit RGB. A number: images are read as they are stored, and must have so
+            many channels; 3 still turns files of 8 bits into RGB.
+    """
 
     name: str
     data: bytes
+    channels: Optional[int] = None
+
+    def image(self) -> AnyImage:
+        """The decoded image: in mode RGB, or, where `channels` asks for what that cannot hold, an array [H, W, C].
+
+        Raises:
+            UnreadableImageError: see `rgb` and `passl.data.raw_images.read_array`.
+        """
+        if self.channels is None or (self.channels == 3 and is_eight_bit(self.data)):
+            return self.rgb()
+        array = read_array(self.name, self.data, self.channels)
+        if self.channels == 3 and array.dtype == np.uint8:
+            return Image.fromarray(array)
+        return array
 
     def rgb(self) -> Image.Image:
         """The image (its first frame), decoded completely, in mode RGB.
@@ -67,17 +80,19 @@ class ImageSource:
         # Pillow's decoders raise OSError, SyntaxError, ValueError, EOFError, struct.error, KeyError ... for damaged
         # files: there is no narrower common class.
         except Exception as error:
-            raise UnreadableImageError(self.name, _reason(error)) from error
+            if self.data.startswith(b"\x93NUMPY"):
+                raise UnreadableImageError(self.name, _NPY_REASON) from error
+            raise UnreadableImageError(self.name, reason_of(error)) from error
 
 
-def read_source(path: Union[str, os.PathLike]) -> ImageSource:
+def read_source(path: Union[str, os.PathLike], channels: Optional[int] = None) -> ImageSource:
     """The bytes of the file `path`. Raises UnreadableImageError when it is missing or cannot be read."""
     path = os.fspath(path)
     try:
         with open(path, "rb") as file:
-            return ImageSource(path, file.read())
+            return ImageSource(path, file.read(), channels)
     except OSError as error:
-        raise UnreadableImageError(path, _reason(error)) from error
+        raise UnreadableImageError(path, reason_of(error)) from error
 
 
 def read_rgb(path: Union[str, os.PathLike]) -> Image.Image:
@@ -120,16 +135,4 @@ def reduce_to_8_bit(values: np.ndarray) -> np.ndarray:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    try:
-        orientation = image.getexif().get(_EXIF_ORIENTATION, 1)
-    except (OSError, SyntaxError, ValueError, KeyError, TypeError, struct.error):
-        return image  # A damaged EXIF block says nothing about the pixels.
-    return ImageOps.exif_transpose(image) if orientation in range(2, 9) else image
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, Image.UnidentifiedImageError):
-        return "not an image that Pillow can identify"
-    if isinstance(error, FileNotFoundError):
-        return "no such file"
-    return f"{type(error).__name__}: {error}"
+    return ImageOps.exif_transpose(image) if orientation_of(image) in range(2, 9) else image

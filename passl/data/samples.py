@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Optional
 
 import numpy as np
-from PIL import Image
 
-from passl.data.image_io import ImageSource
+from passl.data.image_io import AnyImage, ImageSource
 
 
 class Samples:
@@ -53,6 +53,8 @@ class ImageSamples(Samples):
     Args:
         transform: called as `transform(image, rng)` with the image in mode RGB; one with a true attribute
             `takes_source` gets the `ImageSource` and decodes it by itself.
+        channels: None: every image becomes 8-bit RGB. A number: images are read as they are stored, must have so many
+            channels, and reach the transform as arrays [H, W, C] (see `ImageSource.image`).
     """
 
     def __init__(
@@ -61,22 +63,31 @@ class ImageSamples(Samples):
         class_names: Sequence[str],
         transform: Optional[Callable[..., Any]],
         max_bad_samples: int,
+        channels: Optional[int] = None,
     ) -> None:
         super().__init__(labels, class_names, max_bad_samples)
+        if channels is not None and channels < 1:
+            raise ValueError(f"channels ({channels}) must be at least 1, or null for 8-bit RGB")
         self.transform = transform
+        self.channels = channels
 
     def read(self, index: int) -> ImageSource:
         """The undecoded image. Raises UnreadableImageError."""
         raise NotImplementedError
 
-    def load(self, index: int) -> Image.Image:
-        """The image in mode RGB, untransformed. Raises UnreadableImageError."""
-        return self.read(index).rgb()
+    def source(self, index: int) -> ImageSource:
+        """`read`, with what this data set says of the channels. Raises UnreadableImageError."""
+        source = self.read(index)
+        return source if self.channels is None else replace(source, channels=self.channels)
+
+    def load(self, index: int) -> AnyImage:
+        """The image, untransformed: in mode RGB, or with `channels` an array. Raises UnreadableImageError."""
+        return self.source(index).image()
 
     def content(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
         """The transformed image as `image`, or what the transform returns, if that is a dict."""
-        source = self.read(index)
+        source = self.source(index)
         takes_source = getattr(self.transform, "takes_source", False)
-        image = source if takes_source else source.rgb()
+        image = source if takes_source else source.image()
         transformed = image if self.transform is None else self.transform(image, rng)
         return dict(transformed) if isinstance(transformed, dict) else {"image": transformed}

@@ -15,6 +15,8 @@ from typing import Any, Optional, Union
 import numpy as np
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
+from passl.data import arrays
+from passl.data.image_io import AnyImage
 from passl.registry import TRANSFORMS
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -118,15 +120,22 @@ def solarize(image: Image.Image, threshold: int = 128) -> Image.Image:
     return ImageOps.solarize(image, threshold)
 
 
-def horizontal_flip(image: Image.Image) -> Image.Image:
+def horizontal_flip(image: AnyImage) -> AnyImage:
     """Mirror left and right."""
+    if isinstance(image, np.ndarray):
+        return arrays.horizontal_flip(image)
     return ImageOps.mirror(image)
 
 
-def resize(image: Image.Image, size: Size, interpolation: str = "bilinear") -> Image.Image:
+def image_size(image: AnyImage) -> tuple[int, int]:
+    """(height, width) in pixels"""
+    return image.shape[:2] if isinstance(image, np.ndarray) else (image.height, image.width)
+
+
+def resize(image: AnyImage, size: Size, interpolation: str = "bilinear") -> AnyImage:
     """Resize with antialiasing. An int is the shorter side's new length, `[height, width]` the exact size."""
     if isinstance(size, int):
-        width, height = image.size
+        height, width = image_size(image)
         # torchvision truncates the longer side.
         if width <= height:
             new_width, new_height = size, int(size * height / width)
@@ -134,19 +143,28 @@ def resize(image: Image.Image, size: Size, interpolation: str = "bilinear") -> I
             new_width, new_height = int(size * width / height), size
     else:
         new_height, new_width = size
-    return image.resize((new_width, new_height), _resampling(interpolation))
+    return _resized(image, new_height, new_width, interpolation)
 
 
-def crop(image: Image.Image, box: Box) -> Image.Image:
+def _resized(image: AnyImage, height: int, width: int, interpolation: str) -> AnyImage:
+    if isinstance(image, np.ndarray):
+        return arrays.resize(image, height, width, _resampling(interpolation))
+    return image.resize((width, height), _resampling(interpolation))
+
+
+def crop(image: AnyImage, box: Box) -> AnyImage:
     """The pixels in `box`; what lies outside of the image is black."""
+    if isinstance(image, np.ndarray):
+        return arrays.crop(image, box)
     return image.crop((box.left, box.top, box.left + box.width, box.top + box.height))
 
 
-def center_crop(image: Image.Image, size: Size) -> Image.Image:
+def center_crop(image: AnyImage, size: Size) -> AnyImage:
     """The middle of the image; a smaller image is padded with black, a little more at right and bottom."""
     height, width = height_and_width(size)
-    top = _center_offset(image.height, height)
-    left = _center_offset(image.width, width)
+    image_height, image_width = image_size(image)
+    top = _center_offset(image_height, height)
+    left = _center_offset(image_width, width)
     return crop(image, Box(top, left, height, width))
 
 
@@ -155,13 +173,13 @@ def _center_offset(length: int, wanted: int) -> int:
     return round((length - wanted) / 2) if length >= wanted else -((wanted - length) // 2)
 
 
-def resized_crop(image: Image.Image, box: Box, size: Size, interpolation: str = "bilinear") -> Image.Image:
+def resized_crop(image: AnyImage, box: Box, size: Size, interpolation: str = "bilinear") -> AnyImage:
     """Cut `box` out and resize it to exactly `size`.
 
     In two steps, because `Image.resize(box=...)` lets the pixels around the box into the result.
     """
     height, width = height_and_width(size)
-    return crop(image, box).resize((width, height), _resampling(interpolation))
+    return _resized(crop(image, box), height, width, interpolation)
 
 
 # --- drawing parameters ---
@@ -258,7 +276,7 @@ class Resize:
         self.size = size
         self.interpolation = interpolation
 
-    def __call__(self, image: Image.Image, rng: Optional[Generator] = None) -> Image.Image:
+    def __call__(self, image: AnyImage, rng: Optional[Generator] = None) -> AnyImage:
         return resize(image, self.size, self.interpolation)
 
 
@@ -269,7 +287,7 @@ class CenterCrop:
     def __init__(self, size: Size) -> None:
         self.size = height_and_width(size)
 
-    def __call__(self, image: Image.Image, rng: Optional[Generator] = None) -> Image.Image:
+    def __call__(self, image: AnyImage, rng: Optional[Generator] = None) -> AnyImage:
         return center_crop(image, self.size)
 
 
@@ -290,8 +308,8 @@ class RandomResizedCrop:
         _resampling(interpolation)
         self.interpolation = interpolation
 
-    def __call__(self, image: Image.Image, rng: Generator) -> Image.Image:
-        box = draw_crop_box(rng, image.height, image.width, self.scale, self.ratio)
+    def __call__(self, image: AnyImage, rng: Generator) -> AnyImage:
+        box = draw_crop_box(rng, *image_size(image), self.scale, self.ratio)
         return resized_crop(image, box, self.size, self.interpolation)
 
 
@@ -302,7 +320,7 @@ class RandomHorizontalFlip:
     def __init__(self, prob: float = 0.5) -> None:
         self.prob = probability(prob, "prob")
 
-    def __call__(self, image: Image.Image, rng: Generator) -> Image.Image:
+    def __call__(self, image: AnyImage, rng: Generator) -> AnyImage:
         return horizontal_flip(image) if rng.random() < self.prob else image
 
 
@@ -365,9 +383,11 @@ class Solarize:
 
 @TRANSFORMS.register()
 class ToTensor:
-    """RGB image -> float32 array `[3, H, W]` in 0..1."""
+    """RGB image -> float32 array `[3, H, W]` in 0..1. Array `[H, W, C]` -> `[C, H, W]`; floats keep their values."""
 
-    def __call__(self, image: Image.Image, rng: Optional[Generator] = None) -> np.ndarray:
+    def __call__(self, image: AnyImage, rng: Optional[Generator] = None) -> np.ndarray:
+        if isinstance(image, np.ndarray):
+            return arrays.to_tensor(image)
         # order="C": the default keeps the channels-last memory layout, which makes everything after it slow.
         return np.divide(np.asarray(image).transpose(2, 0, 1), np.float32(255), dtype=np.float32, order="C")
 
