@@ -32,7 +32,7 @@ _MAX_ONNX_BYTES = 2 << 30  # a protobuf file cannot be larger
 
 
 class FeatureNetwork(nn.Layer):
-    """A backbone alone. images [B, 3, H, W] -> features [B, D]"""
+    """A backbone alone. images [B, C, H, W] -> features [B, D]"""
 
     outputs = ("features",)
     classifier = None
@@ -47,7 +47,7 @@ class FeatureNetwork(nn.Layer):
 
 
 class ProbeNetwork(nn.Layer):
-    """A linear probe. images [B, 3, H, W] -> the backbone's features [B, D], logits [B, C], probabilities [B, C]"""
+    """A linear probe. images [B, C, H, W] -> the backbone's features [B, D], logits [B, C], probabilities [B, C]"""
 
     outputs = ("features", "logits", "probabilities")
 
@@ -67,7 +67,7 @@ class ProbeNetwork(nn.Layer):
 class KNNNetwork(nn.Layer):
     """A backbone and the votes of a bank of labelled features, as in the evaluator KNN, divided by their sum.
 
-    images [B, 3, H, W] -> features [B, D], probabilities [B, C]
+    images [B, C, H, W] -> features [B, D], probabilities [B, C]
 
     Args:
         bank: [N, D] float32, rows of length 1.
@@ -141,13 +141,15 @@ def export(
     class_names: Sequence[str] = (),
     architecture: Optional[dict[str, Any]] = None,
     raw: Optional[exported.PathLike] = None,
+    channels: Optional[int] = None,
 ) -> Meta:
     """Write ``network`` (moved to the CPU, in eval mode) to the one file ``path``, for any batch size.
 
     Args:
-        preprocessing: from an RGB image to an input, in the form of a configuration's ``transform``.
+        preprocessing: from an image to an input, in the form of a configuration's ``transform``.
         height, width: of the images in pixels; both None: any multiples of the patch size.
         raw: folder for program, weights and description as separate files too (Paddle only), for C++.
+        channels: of the images, which are read as they are stored; None is 8-bit RGB.
 
     Returns:
         The description in the file, with the largest differences between the network and what was written.
@@ -166,17 +168,18 @@ def export(
     network.eval()
     meta = Meta(
         architecture=dict(architecture or {}),
-        input_shape=[None, 3, height, width],
+        input_shape=[None, channels or 3, height, width],
         multiple_of=multiple_of(network.backbone),
         outputs=list(network.outputs),
         preprocessing=[dict(step) for step in preprocessing],
         class_names=[str(name) for name in class_names],
         classifier=network.classifier,
+        channels=channels,
         versions={"passl": passl.__version__, "paddle": paddle.__version__},
     )
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        meta.comparison = _write_and_compare(network, folder, height, width, export_type)
+        meta.comparison = _write_and_compare(network, folder, meta.input_shape[1:], export_type)
         if export_type == "onnx":
             _finish_onnx(folder / "model.onnx", path, meta)
             return meta
@@ -200,23 +203,27 @@ def check_target(path: Path, export_type: str, raw: Optional[exported.PathLike] 
 
 
 def _write_and_compare(
-    network: Exportable, folder: Path, height: Optional[int], width: Optional[int], export_type: str
+    network: Exportable, folder: Path, image: Sequence[Optional[int]], export_type: str
 ) -> list[dict[str, Any]]:
-    """The files of Paddle, and ``model.onnx`` of the type onnx, in ``folder``; returns the rows of the comparison."""
+    """The files of Paddle, and ``model.onnx`` of the type onnx, in ``folder``; returns the rows of the comparison.
+
+    image: [C, H, W] of an input.
+    """
+    channels, height, width = image
     shapes = comparison_shapes(height, width, multiple_of(network.backbone))
     batch, *sides = shapes[0]
-    _outputs(network, np.zeros((batch, 3, *sides), np.float32))  # its own error, before one of making it static
-    _save_program(network, folder, height, width)
-    rows = compare(network, exported.paddle_engine(folder), shapes, "Paddle inference")
+    _outputs(network, np.zeros((batch, channels, *sides), np.float32))  # its own error, before one of making it static
+    _save_program(network, folder, image)
+    rows = compare(network, exported.paddle_engine(folder), shapes, "Paddle inference", channels)
     if export_type == "onnx":
         _save_onnx(folder)
-        rows += compare(network, exported.onnx_engine(folder / "model.onnx"), shapes, "onnxruntime")
+        rows += compare(network, exported.onnx_engine(folder / "model.onnx"), shapes, "onnxruntime", channels)
     check_differences(rows)
     return rows
 
 
-def _save_program(network: Exportable, folder: Path, height: Optional[int], width: Optional[int]) -> None:
-    spec = paddle.static.InputSpec([None, 3, height, width], "float32", "images")
+def _save_program(network: Exportable, folder: Path, image: Sequence[Optional[int]]) -> None:
+    spec = paddle.static.InputSpec([None, *image], "float32", "images")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -225,6 +232,7 @@ def _save_program(network: Exportable, folder: Path, height: Optional[int], widt
     except Exception as error:
         # Paddle wraps the error in its own listing of the source.
         reasons = re.findall(r"^\s*(\w+(?:Error|Exception): .*)$", str(error), re.MULTILINE) or [repr(error)]
+        _, height, width = image
         size = "for any image size (try a fixed one: --image-size 224)" if height is None else f"at {height} x {width}"
         raise ExportError(
             f"{type(network.backbone).__name__} cannot be made a static program {size}: {reasons[-1]}"
@@ -323,20 +331,20 @@ def comparison_shapes(height: Optional[int], width: Optional[int], unit: int) ->
 
 
 def compare(
-    network: Exportable, engine: Engine, shapes: Sequence[tuple[int, int, int]], name: str
+    network: Exportable, engine: Engine, shapes: Sequence[tuple[int, int, int]], name: str, channels: int = 3
 ) -> list[dict[str, Any]]:
     """Run network and engine on the same random images; a row of largest absolute differences for each shape."""
     rng = np.random.default_rng(0)
     rows = []
-    for batch, height, width in shapes:
-        images = rng.standard_normal((batch, 3, height, width)).astype(np.float32)
+    for batch, *sides in shapes:
+        images = rng.standard_normal((batch, channels, *sides)).astype(np.float32)
         expected = _outputs(network, images)
         results = engine(images)
         if isinstance(network, KNNNetwork):
             # A rounding error may change who is the last neighbour, a jump: compared on the same features.
             with paddle.no_grad():
                 expected[1] = network.votes(paddle.to_tensor(results[0])).numpy()
-        row: dict[str, Any] = {"engine": name, "shape": [batch, 3, height, width], "difference": {}, "largest": {}}
+        row: dict[str, Any] = {"engine": name, "shape": list(images.shape), "difference": {}, "largest": {}}
         for output, one, other in zip(network.outputs, expected, results):
             if one.shape != other.shape:
                 raise ExportError(f"{name} gives {output} {list(other.shape)} in place of {list(one.shape)}")

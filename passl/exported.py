@@ -35,7 +35,7 @@ SUFFIXES = {"paddle": ".passl", "onnx": ".onnx"}
 PROGRAMS = ("model.json", "model.pdmodel")
 WEIGHTS, META = "model.pdiparams", "meta.json"
 ONNX_KEY = "passl"
-_VERSION = 1
+_VERSION = 2  # 2: channels
 _MAX_META_BYTES = 1 << 26
 _TRANSFORMS = {kind.__name__: kind for kind in (Resize, CenterCrop, ToTensor, Normalize)}
 
@@ -52,10 +52,11 @@ class Meta:
     """What is known about an exported network.
 
     Attributes:
-        input_shape: of ``images``, float32, normalised: [None, 3, H, W]; None is any (H and W: any multiple of
+        input_shape: of ``images``, float32, normalised: [None, C, H, W]; None is any (H and W: any multiple of
             ``multiple_of``).
         outputs: ``features`` [B, D] and, with a classifier, ``probabilities`` [B, C] (a linear one: ``logits`` too).
-        preprocessing: from an RGB image to one input: ``[{"Resize": {"size": 256}}, ...]``, as in a configuration.
+        preprocessing: from an image to one input: ``[{"Resize": {"size": 256}}, ...]``, as in a configuration.
+        channels: how images are read: None is 8-bit RGB, a number as they are stored (see ``ImageSource``).
         class_names: of the C classes; empty without a classifier.
         classifier: ``{"kind": "linear"}``, ``{"kind": "knn", "k": 20, ...}`` or None.
         comparison: what the comparison at export found, a row for each input.
@@ -68,6 +69,7 @@ class Meta:
     preprocessing: list[dict[str, Any]]
     class_names: list[str] = field(default_factory=list)
     classifier: Optional[dict[str, Any]] = None
+    channels: Optional[int] = None
     comparison: list[dict[str, Any]] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
 
@@ -85,6 +87,7 @@ class Meta:
             raise ExportError("it was not written by passl-export")
         if values.pop("passl_export") > _VERSION:
             raise ExportError("it was written by a newer passl: upgrade this one")
+        values.setdefault("channels", None)
         names = {one.name for one in fields(cls)}
         if set(values) != names:
             raise ExportError(f"its description has the keys {sorted(values)}, not {sorted(names)}")
@@ -97,6 +100,8 @@ class Meta:
         sides_fit = isinstance(shape, list) and len(shape) == 4 and all(s is None or _is_size(s) for s in shape)
         if not sides_fit or shape[1] is None or not _is_size(self.multiple_of):
             raise ExportError(f"its input shape is {shape}, in multiples of {self.multiple_of}")
+        if self.channels is not None and (not _is_size(self.channels) or self.channels != shape[1]):
+            raise ExportError(f"its images have {self.channels!r} channels, and its input shape is {shape}")
         for name in ("outputs", "class_names"):
             if not all(isinstance(one, str) for one in _listed(getattr(self, name), name)):
                 raise ExportError(f"its {name} are no list of texts")
@@ -119,7 +124,7 @@ def _listed(value: Any, name: str) -> list:
 
 
 def transform(preprocessing: Sequence[Mapping[str, Any]]) -> Compose:
-    """``preprocessing`` as a function from an RGB image to a float32 array [3, H, W].
+    """``preprocessing`` as a function from an image to a float32 array [C, H, W].
 
     Raises:
         ExportError: a step is not one of Resize, CenterCrop, ToTensor, Normalize, or refuses its arguments.
@@ -139,7 +144,9 @@ def transform(preprocessing: Sequence[Mapping[str, Any]]) -> Compose:
     return Compose(steps)
 
 
-def standard_preprocessing(height: int, width: int) -> list[dict[str, Any]]:
+def standard_preprocessing(
+    height: int, width: int, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD
+) -> list[dict[str, Any]]:
     """The official evaluation's for a square (the shorter side to 8/7 of it, the centre); else a plain resize."""
     geometry: list[dict[str, Any]] = [{"Resize": {"size": [height, width], "interpolation": "bicubic"}}]
     if height == width:
@@ -147,7 +154,7 @@ def standard_preprocessing(height: int, width: int) -> list[dict[str, Any]]:
             {"Resize": {"size": round(height * 256 / 224), "interpolation": "bicubic"}},
             {"CenterCrop": {"size": height}},
         ]
-    return [*geometry, {"ToTensor": {}}, {"Normalize": {"mean": list(IMAGENET_MEAN), "std": list(IMAGENET_STD)}}]
+    return [*geometry, {"ToTensor": {}}, {"Normalize": {"mean": list(mean), "std": list(std)}}]
 
 
 def at_size(preprocessing: Sequence[Mapping[str, Any]], height: int, width: int) -> list[dict[str, Any]]:
@@ -156,10 +163,16 @@ def at_size(preprocessing: Sequence[Mapping[str, Any]], height: int, width: int)
     return [*standard[:-1], *[dict(step) for step in preprocessing if "Normalize" in step]]
 
 
-def output_size(preprocessing: Sequence[Mapping[str, Any]]) -> tuple[Optional[int], Optional[int]]:
+def output_size(
+    preprocessing: Sequence[Mapping[str, Any]], channels: Optional[int] = None
+) -> tuple[Optional[int], Optional[int]]:
     """Height and width that all images have after ``preprocessing``; None: they differ."""
     steps = transform(preprocessing)
-    arrays = [np.asarray(steps(Image.new("RGB", size))) for size in ((311, 457), (523, 359))]
+    sizes = ((311, 457), (523, 359))
+    if channels in (None, 3):
+        arrays = [np.asarray(steps(Image.new("RGB", size))) for size in sizes]
+    else:
+        arrays = [np.asarray(steps(np.zeros((*size, channels), np.float32))) for size in sizes]
     if any(array.ndim != 3 or array.dtype != np.float32 for array in arrays):
         raise ExportError("the preprocessing must end in ToTensor and Normalize")
     (height, width), other = arrays[0].shape[1:], arrays[1].shape[1:]
@@ -221,7 +234,7 @@ class ExportedNetwork:
             raise ExportError(f"{self.path}: {error}") from error
 
     def __call__(self, images: np.ndarray) -> dict[str, np.ndarray]:
-        """images: [B, 3, H, W] float32, preprocessed -> arrays by the names in ``meta.outputs``."""
+        """images: [B, C, H, W] float32, preprocessed -> arrays by the names in ``meta.outputs``."""
         _, channels, *sides = self.meta.input_shape
         given = images.shape[2:] if images.ndim == 4 and images.shape[1] == channels else ()
         unit = self.meta.multiple_of

@@ -17,15 +17,14 @@ from types import TracebackType
 from typing import Any, BinaryIO, Callable, Optional, Union
 
 import numpy as np
-from PIL import Image
 
 from passl.data.datasets import ImageList
-from passl.data.image_io import UnreadableImageError, read_rgb
+from passl.data.image_io import AnyImage, UnreadableImageError, read_source
 from passl.exported import ExportedNetwork, replacing, require
 
 VIDEO_SUFFIXES = frozenset({".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ogv", ".webm", ".wmv"})
 
-Transform = Callable[[Image.Image], np.ndarray]
+Transform = Callable[[AnyImage], np.ndarray]
 
 
 class SourceError(ValueError):
@@ -34,10 +33,10 @@ class SourceError(ValueError):
 
 @dataclass
 class Picture:
-    """An image yet to be read: its name, and a function that returns it (RGB) or raises UnreadableImageError."""
+    """An image yet to be read: its name, and a function that returns it or raises UnreadableImageError."""
 
     name: str
-    read: Callable[[], Image.Image]
+    read: Callable[[], AnyImage]
 
 
 @dataclass
@@ -53,8 +52,10 @@ class Prediction:
 # --- sources ---------------------------------------------------------------------------------------------------------
 
 
-def find_files(sources: Sequence[str]) -> list[str]:
+def find_files(sources: Sequence[str], channels: Optional[int] = None) -> list[str]:
     """The images and videos that ``sources`` name: files, folders (with all below them), patterns such as ``a/*.jpg``.
+
+    channels: as in ``pictures``; with them ``.npy`` files are images.
 
     Raises:
         SourceError: a source is not there, or a folder has no images.
@@ -67,14 +68,14 @@ def find_files(sources: Sequence[str]) -> list[str]:
             if not found:
                 raise SourceError(f"{source}: no such file or folder, nor a pattern that fits any")
         for path in found:
-            files += _files_in(path) if os.path.isdir(path) else [path]
+            files += _files_in(path, channels) if os.path.isdir(path) else [path]
     return files
 
 
-def _files_in(folder: str) -> list[str]:
+def _files_in(folder: str, channels: Optional[int]) -> list[str]:
     videos = [str(path) for path in Path(folder).rglob("*") if _is_video(path) and not path.name.startswith(".")]
     try:
-        images = ImageList(folder).paths
+        images = ImageList(folder, channels=channels).paths
     except FileNotFoundError as error:
         if not videos:
             raise SourceError(f"{error} (nor videos)") from error
@@ -86,13 +87,19 @@ def _is_video(path: Union[str, Path]) -> bool:
     return Path(path).suffix.lower() in VIDEO_SUFFIXES
 
 
-def pictures(files: Iterable[str], frame_step: int = 1) -> Iterator[Picture]:
-    """The images of ``files``, and of videos each ``frame_step``-th frame, under the name ``clip.mp4#12``."""
+def pictures(files: Iterable[str], frame_step: int = 1, channels: Optional[int] = None) -> Iterator[Picture]:
+    """The images of ``files``, and of videos each ``frame_step``-th frame, under the name ``clip.mp4#12``.
+
+    channels: how images are read, see ``ImageSource``. Frames have three.
+    """
     for path in files:
-        if _is_video(path):
+        if not _is_video(path):
+            yield Picture(_printable(path), lambda path=path: read_source(path, channels).image())
+        elif channels in (None, 3):
             yield from _frames(path, frame_step)
         else:
-            yield Picture(_printable(path), lambda path=path: read_rgb(path))
+            problem = UnreadableImageError(path, f"a video has 3 channels, and the network takes {channels}")
+            yield Picture(_printable(path), lambda problem=problem: _raise(problem))
 
 
 def _printable(path: str) -> str:
@@ -133,7 +140,7 @@ def predict(
     """A prediction for each of ``images``, in their order; one that cannot be read has an ``error`` instead of numbers.
 
     Args:
-        transform: from an RGB image to a float32 array [3, H, W].
+        transform: from an image to a float32 array [C, H, W].
         num_workers: threads that read and transform.
     """
     waiting: list[tuple[Picture, Union[np.ndarray, str]]] = []

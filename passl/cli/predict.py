@@ -49,8 +49,9 @@ def _predict(options: argparse.Namespace) -> int:
     from passl import exported
     from passl.predict import FeatureFile, find_files, json_line, pictures, predict, table_line
 
-    files = find_files(options.source)
     network = exported.ExportedNetwork(options.model, options.device)
+    channels = network.meta.channels
+    files = find_files(options.source, channels)
     names = network.meta.class_names
     if not names and options.features is None:
         raise exported.ExportError(
@@ -63,7 +64,7 @@ def _predict(options: argparse.Namespace) -> int:
     widths = (min(max(map(len, files)) + 5, 60), min(max(map(len, names), default=0), 24))
     results = predict(
         network,
-        pictures(files, options.frame_step),
+        pictures(files, options.frame_step, channels),
         exported.transform(preprocessing),
         options.batch_size,
         options.num_workers,

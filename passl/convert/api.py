@@ -126,13 +126,19 @@ def read_weights(path: PathLike, model: nn.Layer, backbone: nn.Layer, checkpoint
     try:
         whole = convert_source(source, Options(layer=backbone))
         if set(whole.state) == wanted and not whole.report.left_over:
-            return whole.state
+            return _logged(path, whole)
     except ConversionError as error:
         logger.debug("%s: not all of %s (%s)", path, type(model).__name__, error)
     try:
-        return _checked(source, Options("backbone", layer=backbone, checkpoint_key=checkpoint_key)).state
+        return _logged(path, _checked(source, Options("backbone", layer=backbone, checkpoint_key=checkpoint_key)))
     except ConversionError as error:
         raise ConversionError(f"{error}{_held_instead(source, checkpoint_key)}") from None
+
+
+def _logged(path: PathLike, conversion: Conversion) -> dict[str, np.ndarray]:
+    for what in conversion.inflated:
+        logger.info("%s: %s", path, what)
+    return conversion.state
 
 
 def _held_instead(source: Source, checkpoint_key: str) -> str:

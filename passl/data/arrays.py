@@ -33,7 +33,6 @@ def resize(array: np.ndarray, height: int, width: int, resampling: Image.Resampl
 
 def crop(array: np.ndarray, box: Box) -> np.ndarray:
     """The values in `box`; what lies outside of the image is 0."""
-    height, width = array.shape[:2]
     bottom, right = box.top + box.height, box.left + box.width
     inside = array[max(box.top, 0) : max(bottom, 0), max(box.left, 0) : max(right, 0)]
     if inside.shape[:2] == (box.height, box.width):

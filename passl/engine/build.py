@@ -13,6 +13,7 @@ from passl.config import Config, ConfigError, component_parts
 from passl.data.loader import EpochSampler, Loader
 from passl.data.samples import Samples
 from passl.data.transforms import Compose
+from passl.engine import data_section
 from passl.engine.optim import Optimizer
 from passl.engine.precision import GradScalerSettings, Precision
 from passl.engine.settings import MODELS, GlobalSettings, LoaderSettings, SamplerSettings
@@ -77,6 +78,7 @@ def train_loader(config: Config, seed: int) -> Loader:
     """The loader of ``DataLoader.Train``, sharing each global batch out over the processes."""
     section = config["DataLoader"]["Train"]
     dataset = component(section["dataset"], DATASETS, "DataLoader.Train.dataset")
+    data_section.announce(dataset, section["dataset"])
     sampling = SamplerSettings(**section["sampler"])
     loading = LoaderSettings(**(section.get("loader") or {}))
     try:

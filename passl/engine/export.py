@@ -14,7 +14,9 @@ from paddle import nn
 from passl import exported, log
 from passl.config import Config, ConfigError, component_parts
 from passl.data.datasets import ImageFolder
-from passl.engine import build, run, start
+from passl.data.transforms import IMAGENET_MEAN, IMAGENET_STD
+from passl.engine import build, data_section, run, start
+from passl.engine.settings import DataSettings
 from passl.evaluators.classification import check_batches
 from passl.evaluators.evaluator import map_dataset
 from passl.evaluators.knn import normalize
@@ -73,14 +75,21 @@ def export_config(config: Config, options: ExportOptions) -> tuple[Path, Meta]:
     check_target(out, export_type, options.raw)  # before anything takes time
     log.setup()
     run.set_up(settings)
+    config, _ = data_section.complete(config, config, settings, Path(settings.output_dir))
+    data = data_section.settings_of(config)
+    if data is None and data_section.in_chans(config) != 3:
+        raise ConfigError(
+            [f"the backbone's in_chans is {data_section.in_chans(config)}: say what images hold, {data_section.ADVICE}"]
+        )
     paddle.seed(settings.seed)
     model = build.model(config)
     is_whole = start.load_given(settings, model, "exporting")
     model.eval()
-    sides = options.image_size or _configured_size(section.get("input_shape"))
-    preprocessing, (height, width) = _preprocessing(config, sides)
+    sides = options.image_size or _configured_size(section.get("input_shape"), data)
+    preprocessing, (height, width) = _preprocessing(config, sides, data)
     _check_sides((height, width), multiple_of(getattr(model, "backbone", model)))
-    bank = None if options.knn_bank is None else _bank(options, preprocessing)
+    channels = data.channels if data else None
+    bank = None if options.knn_bank is None else _bank(options, preprocessing, channels)
     class_names = _class_names(config, model) if bank is None else bank.class_names
     if options.class_names is not None:
         class_names = _read_names(options.class_names, class_names)
@@ -98,6 +107,7 @@ def export_config(config: Config, options: ExportOptions) -> tuple[Path, Meta]:
         class_names,
         architecture=dict(config["Model"]),
         raw=options.raw,
+        channels=channels,
     )
     return out, meta
 
@@ -113,12 +123,12 @@ def _network(model: nn.Layer, is_whole: bool, weights: str) -> Exportable:
     return ProbeNetwork(model)
 
 
-def _bank(options: ExportOptions, preprocessing: list[dict[str, Any]]) -> ImageFolder:
+def _bank(options: ExportOptions, preprocessing: list[dict[str, Any]], channels: Optional[int]) -> ImageFolder:
     """The images in ``options.knn_bank``, once everything else that is said of it is right."""
     try:
         check_batches(options.batch_size, options.num_workers)
         check_votes(options.k, options.temperature)
-        return ImageFolder(options.knn_bank, exported.transform(preprocessing))
+        return ImageFolder(options.knn_bank, exported.transform(preprocessing), channels=channels)
     except (ValueError, OSError) as error:
         raise ExportError(f"--knn-bank: {error}") from error
 
@@ -142,13 +152,14 @@ def _knn_network(backbone: nn.Layer, bank: ImageFolder, options: ExportOptions) 
 # --- sizes and preprocessing -----------------------------------------------------------------------------------------
 
 
-def _configured_size(shape: Any) -> Optional[Sides]:
-    """(height, width) of ``Export.input_shape``: [N, 3, H, W] or [3, H, W]; -1 and None are any size."""
+def _configured_size(shape: Any, data: Optional[DataSettings] = None) -> Optional[Sides]:
+    """(height, width) of ``Export.input_shape``: [N, C, H, W] or [C, H, W]; -1 and None are any size."""
     if shape is None:
         return None
     sides = [None if side in (None, -1, "None") else side for side in shape[-2:]]
-    if len(shape) not in (3, 4) or shape[-3] != 3 or not all(s is None or _is_side(s) for s in sides):
-        raise ConfigError([f"Export.input_shape ({shape}) must be [null, 3, height, width]; null is any size"])
+    channels = data.channels if data else 3
+    if len(shape) not in (3, 4) or shape[-3] != channels or not all(s is None or _is_side(s) for s in sides):
+        raise ConfigError([f"Export.input_shape ({shape}) must be [null, {channels}, height, width]; null is any size"])
     return sides[0], sides[1]
 
 
@@ -163,13 +174,16 @@ def _check_sides(sides: Sides, unit: int) -> None:
         )
 
 
-def _preprocessing(config: Mapping[str, Any], sides: Optional[Sides]) -> tuple[list[dict[str, Any]], Sides]:
+def _preprocessing(
+    config: Mapping[str, Any], sides: Optional[Sides], data: Optional[DataSettings] = None
+) -> tuple[list[dict[str, Any]], Sides]:
     """The validation transform of the configuration, changed where it does not lead to ``sides``, and the sides."""
     found = _validation_transform(config)
     if found is None:
         height, width = sides or (224, 224)
-        return exported.standard_preprocessing(height or 224, width or 224), (height, width)
-    made = exported.output_size(found)
+        statistics = (data.mean, data.std) if data else (IMAGENET_MEAN, IMAGENET_STD)
+        return exported.standard_preprocessing(height or 224, width or 224, *statistics), (height, width)
+    made = exported.output_size(found, data.channels if data else None)
     if sides is None:
         return found, made
     if None not in sides and made != sides:

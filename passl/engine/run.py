@@ -12,7 +12,7 @@ import paddle
 from passl import checkpoint, distributed, log
 from passl.checkpoint import CheckpointError, CheckpointStore
 from passl.config import Config, ConfigError, check, to_yaml
-from passl.engine import build, start
+from passl.engine import build, data_section, start
 from passl.engine.hooks import CheckpointHook, EvaluationHook, LogHook
 from passl.engine.passl_config import translate
 from passl.engine.plugins import load_plugins
@@ -51,6 +51,7 @@ def train(config: Config, source: Config) -> Trainer:
             raise ConfigError([f"Global.{key} ({value}) must be at least {lowest}"])
     log.setup(quiet=not distributed.is_main())
     set_up(settings)
+    config, source = data_section.complete(config, source, settings, _folder(config, settings))
     try:
         trainer, store, resumed = _prepare(config, source, settings)
     except (ConfigError, CheckpointError):
@@ -142,6 +143,7 @@ def evaluate_config(config: Config, source: Config) -> dict[str, float]:
     set_up(settings)
     folder = _folder(config, settings)
     log.setup(folder / "eval.log" if distributed.is_main() else None, quiet=not distributed.is_main())
+    config, source = data_section.complete(config, source, settings, folder)
     paddle.seed(settings.seed)
     model = build.model(config)
     is_whole = start.load_given(settings, model, "evaluating")

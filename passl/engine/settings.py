@@ -42,6 +42,19 @@ class GlobalSettings:
 
 
 @dataclass
+class DataSettings:
+    """The section ``Data``: what images hold, for data sets, transforms and backbones that do not say it themselves.
+
+    channels: default: as many as ``mean`` has. mean, std: of each, in the units of training: 8-bit values / 255, 16-bit
+    values / 65535, floats as they are.
+    """
+
+    channels: Optional[int] = None
+    mean: Optional[list[float]] = None
+    std: Optional[list[float]] = None
+
+
+@dataclass
 class SamplerSettings:
     """``DataLoader.*.sampler``; ``batch_size`` counts images per process and optimizer step."""
 
@@ -71,6 +84,7 @@ def schema(training: bool) -> dict[str, Any]:
     need = Required if training else (lambda section: section)
     return {
         "Global": GlobalSettings,
+        "Data": DataSettings,
         "FP16": {"level": Literal[LEVELS], "dtype": Literal[DTYPES], "GradScaler": GradScalerSettings},
         "DistributedStrategy": {"data_parallel": bool},
         "Model": Required(METHODS if training else MODELS),

@@ -15,6 +15,7 @@ from passl.config import Config
 from passl.data.loader import Loader
 from passl.engine.optim import Optimizer
 from passl.engine.settings import GlobalSettings
+from passl.models.channels import inflate_state
 from passl.models.method import Method
 from passl.schedules import Timeline
 from passl.yaml_io import parse
@@ -151,11 +152,15 @@ def load_pretrained(settings: GlobalSettings, model: nn.Layer) -> bool:
     wants_student = settings.checkpoint_key == "student" and any(key.startswith("student.") for key in state)
     is_whole = isinstance(model, Method) and set(state) == set(model.state_dict()) and not wants_student
     if is_whole:
-        report = checkpoint.load_weights(model, state, source)
+        layers = [model]
     else:
         state = checkpoint.backbone_state(state, settings.checkpoint_key)
-        for layer in model.pretrained_layers() if isinstance(model, Method) else [model]:
-            report = checkpoint.load_weights(layer, state, source)
+        layers = model.pretrained_layers() if isinstance(model, Method) else [model]
+    state, inflated = inflate_state(state, {name: one.shape for name, one in layers[0].state_dict().items()})
+    for what in inflated:
+        logger.info("%s: %s", source, what)
+    for layer in layers:
+        report = checkpoint.load_weights(layer, state, source)
     logger.info("%s: %s", source, report)
     return is_whole
 
