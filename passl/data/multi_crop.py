@@ -3,90 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Optional
 
 import numpy as np
-from PIL import Image
 
+from passl.data.backends import ImageInput, least_reduction, make_backend
 from passl.data.transforms import (
     IMAGENET_MEAN,
     IMAGENET_STD,
-    Box,
     Generator,
-    JitterSteps,
-    Normalize,
     Size,
-    ToTensor,
-    apply_color_jitter,
     check_jitter_strengths,
-    draw_color_jitter,
-    draw_crop_box,
-    gaussian_blur,
-    grayscale,
     height_and_width,
-    horizontal_flip,
     positive_range,
     probability,
-    resized_crop,
-    solarize,
 )
+from passl.data.views import ViewRecipe, draw_view_parameters
 from passl.registry import TRANSFORMS
-
-
-@dataclass(frozen=True)
-class ViewRecipe:
-    """What one kind of view may look like. `size`: (height, width) in pixels; `scale`: share of the area."""
-
-    size: tuple[int, int]
-    scale: tuple[float, float]
-    ratio: tuple[float, float]
-    flip_prob: float
-    jitter_prob: float
-    jitter_strengths: tuple[float, float, float, float]
-    gray_prob: float
-    blur_prob: float
-    blur_radius: tuple[float, float]
-    solarize_prob: float
-
-
-@dataclass(frozen=True)
-class ViewParameters:
-    """What one view does look like: everything random about it. `blur_radius` None means no blur."""
-
-    box: Box
-    flip: bool
-    jitter: JitterSteps
-    gray: bool
-    blur_radius: Optional[float]
-    solarize: bool
-
-
-def draw_view_parameters(rng: Generator, height: int, width: int, recipe: ViewRecipe) -> ViewParameters:
-    """Draw one view of an image of `height` x `width` pixels."""
-    return ViewParameters(
-        box=draw_crop_box(rng, height, width, recipe.scale, recipe.ratio),
-        flip=rng.random() < recipe.flip_prob,
-        jitter=draw_color_jitter(rng, *recipe.jitter_strengths) if rng.random() < recipe.jitter_prob else (),
-        gray=rng.random() < recipe.gray_prob,
-        blur_radius=rng.uniform(*recipe.blur_radius) if rng.random() < recipe.blur_prob else None,
-        solarize=rng.random() < recipe.solarize_prob,
-    )
-
-
-def render_view(image: Image.Image, view: ViewParameters, size: tuple[int, int]) -> Image.Image:
-    """Apply `view` to an RGB image, in the official order; the result has `size` (height, width)."""
-    image = resized_crop(image, view.box, size, "bicubic")
-    if view.flip:
-        image = horizontal_flip(image)
-    image = apply_color_jitter(image, view.jitter)
-    if view.gray:
-        image = grayscale(image)
-    if view.blur_radius is not None:
-        image = gaussian_blur(image, view.blur_radius)
-    if view.solarize:
-        image = solarize(image)
-    return image
 
 
 @TRANSFORMS.register()
@@ -104,7 +36,10 @@ class MultiCrop:
         global_blur_probs, global_solarize_probs: one value for each of the two global views.
         local_blur_prob: for the local views, which are never solarised.
         mean, std: of the channels, for the final normalisation.
+        backend: who computes the pixels, "opencv" or "pillow"; the views are the same, up to rounding.
     """
+
+    takes_source = True
 
     def __init__(
         self,
@@ -127,6 +62,7 @@ class MultiCrop:
         local_blur_prob: float = 0.5,
         mean: Sequence[float] = IMAGENET_MEAN,
         std: Sequence[float] = IMAGENET_STD,
+        backend: str = "pillow",
     ) -> None:
         if num_local_crops < 0:
             raise ValueError(f"num_local_crops must be at least 0, not {num_local_crops!r}")
@@ -161,19 +97,27 @@ class MultiCrop:
             **shared,
         )
         self.num_local_crops = num_local_crops
-        self.to_tensor = ToTensor()
-        self.normalize = Normalize(mean, std)
+        self.backend = make_backend(backend, mean, std)
 
-    def __call__(self, image: Image.Image, rng: Generator) -> dict[str, np.ndarray]:
-        """RGB image -> float32 `global_crops` [2, 3, h, w] and, if any, `local_crops` [n, 3, h, w]."""
-        views = {"global_crops": self._views(image, rng, self.global_recipes)}
-        if self.num_local_crops:
-            views["local_crops"] = self._views(image, rng, (self.local_recipe,) * self.num_local_crops)
-        return views
+    def __call__(self, image: ImageInput, rng: Generator) -> dict[str, np.ndarray]:
+        """Image -> float32 `global_crops` [2, 3, h, w] and, if any, `local_crops` [n, 3, h, w].
 
-    def _views(self, image: Image.Image, rng: Generator, recipes: Sequence[ViewRecipe]) -> np.ndarray:
-        return np.stack([self._view(image, rng, recipe) for recipe in recipes])
+        Args:
+            image: an `ImageSource`, or decoded: a Pillow image in mode RGB, or uint8 [H, W, 3].
 
-    def _view(self, image: Image.Image, rng: Generator, recipe: ViewRecipe) -> np.ndarray:
-        view = draw_view_parameters(rng, image.height, image.width, recipe)
-        return self.normalize(self.to_tensor(render_view(image, view, recipe.size)))
+        Raises:
+            UnreadableImageError: the source cannot be decoded.
+        """
+        opened = self.backend.open(image)
+        recipes = {"global_crops": self.global_recipes, "local_crops": (self.local_recipe,) * self.num_local_crops}
+        drawn = {
+            name: [(draw_view_parameters(rng, opened.height, opened.width, recipe), recipe.size) for recipe in those]
+            for name, those in recipes.items()
+            if those
+        }
+        opened.decode(least_reduction(view for views in drawn.values() for view in views))
+        arrays = {name: np.empty((len(views), 3, *views[0][1]), np.float32) for name, views in drawn.items()}
+        for name, views in drawn.items():
+            for (view, size), out in zip(views, arrays[name]):
+                opened.render(view, size, out)
+        return arrays

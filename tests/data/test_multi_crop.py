@@ -7,7 +7,9 @@ import pytest
 from PIL import Image
 
 from passl.data import transforms as T
-from passl.data.multi_crop import MultiCrop, ViewParameters, render_view
+from passl.data.backends.pillow import render_view
+from passl.data.multi_crop import MultiCrop
+from passl.data.views import ViewParameters
 
 
 @pytest.fixture

@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from passl.data.backends.pillow import render_view
 from passl.data.image_io import read_rgb
-from passl.data.multi_crop import MultiCrop, ViewParameters, ViewRecipe, draw_view_parameters, render_view
+from passl.data.multi_crop import MultiCrop
 from passl.data.transforms import Normalize, ToTensor
+from passl.data.views import ViewParameters, ViewRecipe, draw_view_parameters
 
 VIEWS = ("global1", "global2", "local")
 MAX_ERRORS = 4  # standard errors, as the recordings' README asks for
