@@ -20,15 +20,20 @@ if TYPE_CHECKING:
 
 def resize(array: np.ndarray, height: int, width: int, resampling: Image.Resampling) -> np.ndarray:
     """Resize with antialiasing to float32 [height, width, C]."""
-    values = unit_floats(array)
-    if values.shape[:2] == (height, width):
-        return values
+    if array.shape[:2] == (height, width):
+        return unit_floats(array)
+    return np.moveaxis(resize_planes(to_tensor(array), height, width, resampling), 0, -1)
+
+
+def resize_planes(planes: np.ndarray, height: int, width: int, resampling: Image.Resampling) -> np.ndarray:
+    """The same of float32 [C, H, W]."""
+    if planes.shape[1:] == (height, width):
+        return planes
+    result = np.empty((len(planes), height, width), np.float32)
     # Pillow's filters know one float channel at a time; OpenCV has no antialiased bicubic one.
-    planes = [
-        Image.fromarray(np.ascontiguousarray(values[:, :, channel])).resize((width, height), resampling)
-        for channel in range(values.shape[2])
-    ]
-    return np.stack([np.asarray(plane) for plane in planes], axis=-1)
+    for plane, resized in zip(planes, result):
+        resized[...] = Image.fromarray(np.ascontiguousarray(plane)).resize((width, height), resampling)
+    return result
 
 
 def crop(array: np.ndarray, box: Box) -> np.ndarray:
@@ -50,14 +55,20 @@ def horizontal_flip(array: np.ndarray) -> np.ndarray:
 
 
 def gaussian_blur(array: np.ndarray, radius: float) -> np.ndarray:
-    """Blur with a standard deviation of `radius` pixels."""
+    """Blur with a standard deviation of `radius` pixels to float32 [H, W, C]."""
+    return np.moveaxis(blur_planes(to_tensor(array), radius), 0, -1)
+
+
+def blur_planes(planes: np.ndarray, radius: float) -> np.ndarray:
+    """The same of float32 [C, H, W]."""
     import cv2
 
     # Four deviations to both sides: what is cut off weighs 6e-5.
     side = 2 * math.ceil(4 * radius) + 1
-    values = np.ascontiguousarray(unit_floats(array))
-    blurred = cv2.GaussianBlur(values, (side, side), radius, borderType=cv2.BORDER_REPLICATE)
-    return blurred.reshape(values.shape)  # OpenCV drops an axis of one channel
+    result = np.empty(planes.shape, np.float32)
+    for plane, blurred in zip(planes, result):
+        cv2.GaussianBlur(np.ascontiguousarray(plane), (side, side), radius, blurred, borderType=cv2.BORDER_REPLICATE)
+    return result
 
 
 def adjust_brightness(array: np.ndarray, factor: float) -> np.ndarray:

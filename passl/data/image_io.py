@@ -44,13 +44,18 @@ class ImageSource:
     data: bytes
     channels: Optional[int] = None
 
+    @property
+    def is_raw(self) -> bool:
+        """Whether the image is to be read as it is stored, being something else than 8-bit RGB."""
+        return self.channels is not None and not (self.channels == 3 and is_eight_bit(self.data))
+
     def image(self) -> AnyImage:
         """The decoded image: in mode RGB, or, where `channels` asks for what that cannot hold, an array [H, W, C].
 
         Raises:
             UnreadableImageError: see `rgb` and `passl.data.raw_images.read_array`.
         """
-        if self.channels is None or (self.channels == 3 and is_eight_bit(self.data)):
+        if not self.is_raw:
             return self.rgb()
         array = read_array(self.name, self.data, self.channels)
         if self.channels == 3 and array.dtype == np.uint8:

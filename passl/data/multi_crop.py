@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from passl.data.backends import ImageInput, least_reduction, make_backend
+from passl.data.backends import ImageInput, OpenedImage, RawBackend, is_raw, least_reduction, make_backend
+from passl.data.photometric import say_off
 from passl.data.transforms import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -36,7 +37,8 @@ class MultiCrop:
         global_blur_probs, global_solarize_probs: one value for each of the two global views.
         local_blur_prob: for the local views, which are never solarised.
         mean, std: of the channels, for the final normalisation.
-        backend: who computes the pixels, "opencv" or "pillow"; the views are the same, up to rounding.
+        backend: who computes the pixels, "opencv" or "pillow"; the views are the same, up to rounding. Images that are
+            not 8-bit RGB have one of their own, which does without the colours (see `passl.data.photometric`).
     """
 
     takes_source = True
@@ -97,18 +99,36 @@ class MultiCrop:
             **shared,
         )
         self.num_local_crops = num_local_crops
-        self.backend = make_backend(backend, mean, std)
+        self.photometric = {
+            "brightness": brightness,
+            "contrast": contrast,
+            "saturation": saturation,
+            "hue": hue,
+            "gray_prob": gray_prob,
+            "global_solarize_probs": global_solarize_probs,
+        }
+        self.raw_backend = RawBackend(mean, std)
+        # For other numbers of channels it is there for its name to be checked.
+        self.backend = make_backend(backend, *((mean, std) if len(mean) == 3 else (IMAGENET_MEAN, IMAGENET_STD)))
+        self.takes_pictures = len(mean) == 3
+
+    def _open(self, image: ImageInput) -> OpenedImage:
+        if self.takes_pictures and not is_raw(image):
+            return self.backend.open(image)
+        opened = self.raw_backend.open(image)
+        say_off("MultiCrop", opened.channels, self.photometric)
+        return opened
 
     def __call__(self, image: ImageInput, rng: Generator) -> dict[str, np.ndarray]:
-        """Image -> float32 `global_crops` [2, 3, h, w] and, if any, `local_crops` [n, 3, h, w].
+        """Image -> float32 `global_crops` [2, C, h, w] and, if any, `local_crops` [n, C, h, w].
 
         Args:
-            image: an `ImageSource`, or decoded: a Pillow image in mode RGB, or uint8 [H, W, 3].
+            image: an `ImageSource`, or decoded: a Pillow image in mode RGB, or an array [H, W, C].
 
         Raises:
             UnreadableImageError: the source cannot be decoded.
         """
-        opened = self.backend.open(image)
+        opened = self._open(image)
         recipes = {"global_crops": self.global_recipes, "local_crops": (self.local_recipe,) * self.num_local_crops}
         drawn = {
             name: [(draw_view_parameters(rng, opened.height, opened.width, recipe), recipe.size) for recipe in those]
@@ -116,7 +136,9 @@ class MultiCrop:
             if those
         }
         opened.decode(least_reduction(view for views in drawn.values() for view in views))
-        arrays = {name: np.empty((len(views), 3, *views[0][1]), np.float32) for name, views in drawn.items()}
+        arrays = {
+            name: np.empty((len(views), opened.channels, *views[0][1]), np.float32) for name, views in drawn.items()
+        }
         for name, views in drawn.items():
             for (view, size), out in zip(views, arrays[name]):
                 opened.render(view, size, out)

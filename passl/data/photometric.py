@@ -42,8 +42,10 @@ def say_off(transform: str, channels: int, values: Mapping[str, Any], chosen: It
         values: the transform's arguments; an operation with 0 was off anyway.
         chosen: those of the arguments that the user wrote down.
     """
+    if transform in _said:
+        return
     off = [name for name in without_meaning(transform, channels) if _is_on(values.get(name))]
-    if not off or transform in _said:
+    if not off:
         return
     _said.add(transform)
     written = [f"{name}: {values[name]}" for name in off if name in set(chosen)]

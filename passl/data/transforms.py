@@ -10,13 +10,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Optional, Union
+from typing import Any, Optional
 
 import numpy as np
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
 from passl.data import arrays
+from passl.data.arguments import Size, check_jitter_strengths, height_and_width, positive_range, probability
 from passl.data.image_io import AnyImage
+from passl.data.photometric import is_kept
 from passl.registry import TRANSFORMS
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -30,7 +32,6 @@ INTERPOLATIONS = {
     "hamming": Image.Resampling.HAMMING,
 }
 
-Size = Union[int, Sequence[int]]
 Generator = np.random.Generator
 
 
@@ -42,33 +43,6 @@ class Box:
     left: int
     height: int
     width: int
-
-
-# --- checking arguments ---
-
-
-def height_and_width(size: Size, name: str = "size") -> tuple[int, int]:
-    """`size` as `(height, width)`; an int is a square. `name` is the argument's name for the error."""
-    sides = (size, size) if isinstance(size, int) else tuple(size)
-    if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
-        raise ValueError(f"{name} must be a positive int or [height, width], not {size!r}")
-    return sides
-
-
-def positive_range(values: Sequence[float], name: str, highest: float = math.inf) -> tuple[float, float]:
-    """`values` as `(low, high)`, checked: `0 < low <= high <= highest`."""
-    values = tuple(values)
-    if len(values) != 2 or not 0 < values[0] <= values[1] <= highest:
-        limit = "" if highest == math.inf else f" <= {highest}"
-        raise ValueError(f"{name} must be [low, high] with 0 < low <= high{limit}, not {list(values)}")
-    return values
-
-
-def probability(value: float, name: str) -> float:
-    """`value`, checked to lie in 0..1."""
-    if not 0.0 <= value <= 1.0:
-        raise ValueError(f"{name} must be a probability between 0 and 1, not {value!r}")
-    return value
 
 
 def _resampling(interpolation: str) -> Image.Resampling:
@@ -110,8 +84,10 @@ def grayscale(image: Image.Image) -> Image.Image:
     return image.convert("L").convert("RGB")
 
 
-def gaussian_blur(image: Image.Image, radius: float) -> Image.Image:
+def gaussian_blur(image: AnyImage, radius: float) -> AnyImage:
     """Blur with a standard deviation of `radius` pixels."""
+    if isinstance(image, np.ndarray):
+        return arrays.gaussian_blur(image, radius)
     return image.filter(ImageFilter.GaussianBlur(radius))
 
 
@@ -217,6 +193,7 @@ _JITTER_OPERATIONS = {
     "saturation": adjust_saturation,
     "hue": adjust_hue,
 }
+_ARRAY_OPERATIONS = {"brightness": arrays.adjust_brightness, "contrast": arrays.adjust_contrast}
 
 
 def draw_color_jitter(rng: Generator, brightness: float, contrast: float, saturation: float, hue: float) -> JitterSteps:
@@ -234,20 +211,14 @@ def draw_color_jitter(rng: Generator, brightness: float, contrast: float, satura
     return tuple(steps[i] for i in rng.permutation(len(steps)))
 
 
-def apply_color_jitter(image: Image.Image, steps: JitterSteps) -> Image.Image:
-    """Apply what `draw_color_jitter` drew, in its order."""
+def apply_color_jitter(image: AnyImage, steps: JitterSteps) -> AnyImage:
+    """Apply what `draw_color_jitter` drew, in its order; to an array what has a meaning for it."""
     for name, factor in steps:
-        image = _JITTER_OPERATIONS[name](image, factor)
+        if not isinstance(image, np.ndarray):
+            image = _JITTER_OPERATIONS[name](image, factor)
+        elif is_kept(name, image.shape[2]):
+            image = _ARRAY_OPERATIONS[name](image, factor)
     return image
-
-
-def check_jitter_strengths(brightness: float, contrast: float, saturation: float, hue: float) -> None:
-    """Raise ValueError unless the first three are at least 0 and the hue lies in 0..0.5."""
-    for name, strength in (("brightness", brightness), ("contrast", contrast), ("saturation", saturation)):
-        if strength < 0:
-            raise ValueError(f"{name} must be at least 0, not {strength!r}")
-    if not 0 <= hue <= 0.5:
-        raise ValueError(f"hue must be between 0 and 0.5, not {hue!r}")
 
 
 # --- registered transforms ---
@@ -326,7 +297,10 @@ class RandomHorizontalFlip:
 
 @TRANSFORMS.register()
 class ColorJitter:
-    """With probability `prob`, change brightness, contrast, saturation and hue in random order."""
+    """With probability `prob`, change brightness, contrast, saturation and hue in random order.
+
+    Of arrays, the brightness and contrast of one channel (see `passl.data.photometric`).
+    """
 
     def __init__(
         self,
@@ -340,7 +314,7 @@ class ColorJitter:
         self.strengths = (brightness, contrast, saturation, hue)
         self.prob = probability(prob, "prob")
 
-    def __call__(self, image: Image.Image, rng: Generator) -> Image.Image:
+    def __call__(self, image: AnyImage, rng: Generator) -> AnyImage:
         if rng.random() >= self.prob:
             return image
         return apply_color_jitter(image, draw_color_jitter(rng, *self.strengths))
@@ -348,13 +322,13 @@ class ColorJitter:
 
 @TRANSFORMS.register()
 class RandomGrayscale:
-    """Make the image grey, in three equal channels, with probability `prob`."""
+    """Make the image grey, in three equal channels, with probability `prob`; arrays stay as they are."""
 
     def __init__(self, prob: float = 0.2) -> None:
         self.prob = probability(prob, "prob")
 
-    def __call__(self, image: Image.Image, rng: Generator) -> Image.Image:
-        return grayscale(image) if rng.random() < self.prob else image
+    def __call__(self, image: AnyImage, rng: Generator) -> AnyImage:
+        return grayscale(image) if rng.random() < self.prob and not isinstance(image, np.ndarray) else image
 
 
 @TRANSFORMS.register()
@@ -365,20 +339,21 @@ class GaussianBlur:
         self.prob = probability(prob, "prob")
         self.radius = positive_range(radius, "radius")
 
-    def __call__(self, image: Image.Image, rng: Generator) -> Image.Image:
+    def __call__(self, image: AnyImage, rng: Generator) -> AnyImage:
         return gaussian_blur(image, rng.uniform(*self.radius)) if rng.random() < self.prob else image
 
 
 @TRANSFORMS.register()
 class Solarize:
-    """With probability `prob`, invert the values from `threshold` upwards."""
+    """With probability `prob`, invert the values from `threshold` upwards; arrays have no white, and stay."""
 
     def __init__(self, prob: float = 0.2, threshold: int = 128) -> None:
         self.prob = probability(prob, "prob")
         self.threshold = threshold
 
-    def __call__(self, image: Image.Image, rng: Generator) -> Image.Image:
-        return solarize(image, self.threshold) if rng.random() < self.prob else image
+    def __call__(self, image: AnyImage, rng: Generator) -> AnyImage:
+        is_drawn = rng.random() < self.prob and not isinstance(image, np.ndarray)
+        return solarize(image, self.threshold) if is_drawn else image
 
 
 @TRANSFORMS.register()

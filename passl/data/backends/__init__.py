@@ -9,10 +9,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from passl.data.backends.backend import Backend, ImageInput, OpenedImage, least_reduction
+from passl.data.backends.raw import RawBackend, is_raw
 
 BACKENDS = ("opencv", "pillow")
 
-__all__ = ["BACKENDS", "Backend", "ImageInput", "OpenedImage", "least_reduction", "make_backend"]
+__all__ = [
+    "BACKENDS",
+    "Backend",
+    "ImageInput",
+    "OpenedImage",
+    "RawBackend",
+    "is_raw",
+    "least_reduction",
+    "make_backend",
+]
 
 
 def make_backend(name: str, mean: Sequence[float], std: Sequence[float]) -> Backend:

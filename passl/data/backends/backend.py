@@ -12,7 +12,8 @@ from PIL import Image
 from passl.data.image_io import ImageSource
 from passl.data.views import ViewParameters
 
-# Undecoded, as the data sets give it; or decoded: a Pillow image in mode RGB, or uint8 [H, W, 3].
+# Undecoded, as the data sets give it; or decoded: a Pillow image in mode RGB, or an array [H, W, C]. The back ends for
+# pictures take no arrays but uint8 [H, W, 3].
 ImageInput = Union[ImageSource, Image.Image, np.ndarray]
 
 
@@ -21,10 +22,12 @@ class OpenedImage(ABC):
 
     Attributes:
         height, width: of the upright image at full size, in pixels. Known before `decode`: views are drawn for them.
+        channels: of the views.
     """
 
     height: int
     width: int
+    channels: int = 3
 
     @abstractmethod
     def decode(self, reduction: float = 1.0) -> None:
