@@ -16,6 +16,7 @@ import passl
 from passl import checkpoint
 from passl.config import to_yaml
 from passl.convert.conversion import Conversion, Options, convert_source
+from passl.convert.kept_data import SIDECAR, of_source
 from passl.convert.official_run import ResumeState, resume_state
 from passl.convert.report import ConversionError
 from passl.convert.source import Source, open_source, stem
@@ -28,7 +29,6 @@ from passl.formats.torch_writer import save_torch
 _WRITTEN_SUFFIXES = (".pth", ".pt", ".pth.tar", ".tar", ".ckpt", ".bin")
 TARGETS = ("paddle", "torch", "safetensors")
 RECIPE, _RECIPE_MARK = ".yaml", "# Made by passl-convert"
-SIDECAR = ".convert.json"  # beside converted weights: what they are, and what Paddle has no place for
 
 logger = logging.getLogger("passl")
 PathLike = Union[str, Path]
@@ -200,7 +200,7 @@ def _write_paddle(source: Source, conversion: Conversion, prefix: Path) -> tuple
         except ConversionError as error:
             notes.append(f"the run cannot be continued from here ({error}); use it as Global.pretrained_model")
         else:
-            files += _write_resume(resume, prefix)
+            files += _write_resume(source, resume, prefix)
             if resume.recipe:
                 files.append(_write_recipe(source, resume.recipe, prefix))
             elif conversion.architecture and conversion.architecture.unknown:
@@ -211,11 +211,13 @@ def _write_paddle(source: Source, conversion: Conversion, prefix: Path) -> tuple
     return [*files, sidecar], notes
 
 
-def _write_resume(resume: ResumeState, prefix: Path) -> list[Path]:
+def _write_resume(source: Source, resume: ResumeState, prefix: Path) -> list[Path]:
     path = {s: checkpoint.with_suffix(prefix, s) for s in (checkpoint.PARAMS, checkpoint.OPTIMIZER, checkpoint.STATES)}
     save_pdparams(resume.optimizer, path[checkpoint.OPTIMIZER])
     checksums = {s: checkpoint.checksum(path[s]) for s in (checkpoint.PARAMS, checkpoint.OPTIMIZER)}
-    config = to_yaml(resume.recipe) if resume.recipe else ""
+    data = of_source(source)
+    known = resume.recipe or ({"Data": data} if data else None)
+    config = to_yaml(known) if known else ""
     save_pdparams({**resume.states, "config": config, "checksums": checksums}, path[checkpoint.STATES])
     return [path[checkpoint.OPTIMIZER], path[checkpoint.STATES]]
 
@@ -242,6 +244,7 @@ def _description(source: Source, conversion: Conversion) -> dict[str, Any]:
         "not_visible": list(conversion.architecture.unknown) if conversion.architecture else [],
         "counters": conversion.counters,
         "report": conversion.report.as_dict(),
+        **({"data": data} if (data := of_source(source)) else {}),
     }
 
 

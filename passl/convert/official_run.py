@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, Optional
 import numpy as np
 
 from passl.convert.conversion import Conversion
+from passl.convert.kept_data import of_source
 from passl.convert.layout import Slot
 from passl.convert.optimizer_state import from_official
 from passl.convert.report import ConversionError
@@ -54,6 +55,8 @@ def resume_state(source: Source, conversion: Conversion) -> ResumeState:
             conversion.architecture and conversion.architecture.unknown
         )
         recipe = recipe_of(vars(args), conversion) if is_known else None
+        if recipe is not None and (data := of_source(source)):
+            recipe["Data"] = data
         states = {
             "step": found.steps or 0,
             "epoch": epoch + source.is_clemsgrs,  # theirs is the last epoch, the official one the next

@@ -10,6 +10,7 @@ from typing import Any, Optional
 import numpy as np
 
 from passl.convert.conversion import Conversion
+from passl.convert.kept_data import TORCH_KEY, of_states
 from passl.convert.layout import COUNTER, Slot
 from passl.convert.official_run import student_parameters
 from passl.convert.optimizer_state import to_official
@@ -87,6 +88,8 @@ def _full_checkpoint(
     if origin.get("args"):
         checkpoint["args"] = argparse.Namespace(**origin["args"])
     checkpoint["dino_loss"] = OrderedDict(center=conversion.state["dino_loss.center"])
+    if data := of_states(states):
+        checkpoint[TORCH_KEY] = data
     if origin.get("fp16_scaler"):
         checkpoint["fp16_scaler"] = dict(origin["fp16_scaler"])
     return checkpoint

@@ -16,6 +16,7 @@ from typing import Any, Optional
 from passl import checkpoint
 from passl.checkpoint import CheckpointError
 from passl.config import Config, ConfigError, component_parts
+from passl.convert import kept_data
 from passl.data import photometric
 from passl.data.errors import UnreadableImageError
 from passl.data.raw_images import is_eight_bit
@@ -23,7 +24,6 @@ from passl.data.samples import ImageSamples
 from passl.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from passl.engine.settings import MODELS, DataSettings, GlobalSettings
 from passl.registry import DATASETS, EVALUATORS, SLOTS, TRANSFORMS, Registry
-from passl.yaml_io import parse
 
 logger = logging.getLogger("passl")
 
@@ -37,7 +37,7 @@ def complete(config: Config, source: Config, settings: GlobalSettings, folder: P
     Raises:
         ConfigError: the section contradicts itself or a component.
     """
-    own = config.get("Data")
+    own = config.get("Data") or None
     origin, inherited = _of_run(settings, folder)
     if own is None and inherited is not None:
         logger.info("Data: %s, as in the run %s", _shown(inherited), origin)
@@ -54,23 +54,29 @@ def complete(config: Config, source: Config, settings: GlobalSettings, folder: P
     return _Filling(data).config(config), source
 
 
+def check(config: Config) -> None:
+    """What can be said of the section before anything is read.
+
+    Raises:
+        ConfigError: see ``complete``.
+    """
+    data = settings_of(config)
+    if data is not None:
+        _Filling(data).config(config)
+
+
 def _of_run(settings: GlobalSettings, folder: Path) -> tuple[Optional[Path], Optional[dict[str, Any]]]:
     """The prefix of the checkpoint that a run starts from, and its section Data, if there are any."""
     resumed = folder / "latest" if settings.checkpoint == "auto" else settings.checkpoint
     for given in filter(None, (resumed, settings.pretrained_model)):
-        path = checkpoint.with_suffix(given, checkpoint.STATES)
-        if not path.is_file():
+        prefix = checkpoint.with_suffix(given, "")
+        if not checkpoint.with_suffix(prefix, checkpoint.PARAMS).is_file():
             continue
         try:
-            states = checkpoint.read(path)
-            text = states.get("config") if isinstance(states, Mapping) else None
-            config = parse(text, f"{path}: its configuration") if text else {}
-        except (CheckpointError, ConfigError) as error:
+            return prefix, kept_data.of_prefix(prefix)
+        except (CheckpointError, ConfigError, ValueError) as error:
             # Who needs the checkpoint itself will say what is wrong with it.
-            logger.warning("%s: no section Data can be taken from it (%s)", path, error)
-            continue
-        section = config.get("Data") if isinstance(config, Mapping) else None
-        return checkpoint.with_suffix(given, ""), dict(section) if isinstance(section, Mapping) else None
+            logger.warning("%s: no section Data can be taken from it (%s)", prefix, error)
     return None, None
 
 

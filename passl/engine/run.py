@@ -39,6 +39,7 @@ def checked(config: Config, training: bool) -> Config:
         problems += error.problems
     if problems:
         raise ConfigError(problems)
+    data_section.check(config)
     return config
 
 
