@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
 import os
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Union
 
@@ -56,12 +58,21 @@ class ImageSource:
             UnreadableImageError: empty, truncated, damaged or not an image, or larger than
                 `PIL.Image.MAX_IMAGE_PIXELS` allows (a decompression bomb).
         """
+        with self.opened() as image:
+            image.load()
+            return to_rgb(_upright(image))
+
+    @contextlib.contextmanager
+    def opened(self) -> Iterator[Image.Image]:
+        """The image as `PIL.Image.open` gives it: its header is read, its pixels are not.
+
+        Whatever goes wrong inside of the `with` block, there too, is an UnreadableImageError.
+        """
         if not self.data:
             raise UnreadableImageError(self.name, "the file is empty (0 bytes)")
         try:
             with Image.open(io.BytesIO(self.data)) as image:
-                image.load()
-                return to_rgb(_upright(image))
+                yield image
         except (UnreadableImageError, MemoryError):
             raise
         # Pillow's decoders raise OSError, SyntaxError, ValueError, EOFError, struct.error, KeyError ... for damaged
@@ -119,12 +130,17 @@ def reduce_to_8_bit(values: np.ndarray) -> np.ndarray:
     return np.rint((values - black) * (255.0 / (white - black))).astype(np.uint8)
 
 
-def _upright(image: Image.Image) -> Image.Image:
+def exif_orientation(image: Image.Image) -> int:
+    """1 (upright) to 8, by the EXIF standard; 1 if nothing else is said."""
     try:
         orientation = image.getexif().get(_EXIF_ORIENTATION, 1)
     except (OSError, SyntaxError, ValueError, KeyError, TypeError, struct.error):
-        return image  # A damaged EXIF block says nothing about the pixels.
-    return ImageOps.exif_transpose(image) if orientation in range(2, 9) else image
+        return 1  # A damaged EXIF block says nothing about the pixels.
+    return orientation if orientation in range(2, 9) else 1
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    return ImageOps.exif_transpose(image) if exif_orientation(image) != 1 else image
 
 
 def _reason(error: Exception) -> str:
