@@ -43,7 +43,9 @@ class PlainJpeg:
     orientation: int
 
     def decode(self, reduction: int = 1) -> np.ndarray:
-        """uint8 [H, W, 3], upright, the sides divided by `reduction` (1, 2, 4 or 8) and rounded up.
+        """uint8 [H, W, 4], upright, the sides divided by `reduction` (1, 2, 4 or 8) and rounded up.
+
+        The fourth channel means nothing: pixels of four bytes are faster to work with.
 
         Raises:
             UnreadableImageError: the pixels are damaged.
@@ -62,7 +64,7 @@ class PlainJpeg:
         height, width = (self.width, self.height) if swap else (self.height, self.width)
         try:
             return simplejpeg.decode_jpeg(
-                self.source.data, "RGB", min_height=-(-height // reduction), min_width=-(-width // reduction)
+                self.source.data, "RGBX", min_height=-(-height // reduction), min_width=-(-width // reduction)
             )
         except ValueError:  # Strict: also at what is harmless. Pillow decides, and words the error.
             return self._stored_by_pillow(reduction)
@@ -71,7 +73,7 @@ class PlainJpeg:
         with self.source.opened() as image:
             if reduction > 1:
                 image.draft("RGB", (image.width // reduction, image.height // reduction))
-            return np.asarray(image.convert("RGB"))
+            return np.asarray(image.convert("RGB").convert("RGBX"))
 
 
 def plain_jpeg(source: ImageSource) -> Optional[PlainJpeg]:

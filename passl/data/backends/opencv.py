@@ -70,6 +70,8 @@ class _ArrayImage(OpenedImage):
         if self.jpeg is not None:
             self.scale = next((scale for scale in REDUCTIONS if scale * _LEFT_TO_RESIZE <= reduction), 1)
             self.pixels = self.jpeg.decode(self.scale)
+        else:
+            self.pixels = cv2.cvtColor(self.pixels, cv2.COLOR_RGB2RGBA)
 
     def render(self, view: ViewParameters, size: tuple[int, int], out: np.ndarray) -> None:
         box = view.box

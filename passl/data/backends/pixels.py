@@ -71,56 +71,60 @@ def adjust_hue(image: np.ndarray, factor: float) -> np.ndarray:
     """
     if image.ndim == 2:
         return image
-    red, green, blue = cv2.split(image)
-    value = cv2.max(cv2.max(red, green), blue)
-    hue, chroma = _hue_and_chroma(red, green, blue, value)
+    hue, chroma, value = _hue_chroma_value(image)
     saturation = cv2.convertScaleAbs(cv2.divide(chroma, value, scale=255, dtype=cv2.CV_32F), beta=_CUT)
     chroma = cv2.multiply(value, saturation, scale=1 / 255)
     # int() truncates towards zero before wrapping, like the cast in the official code.
-    absence = np.roll(_ABSENCE, -(int(factor * 255) % 256), axis=1)
-    return cv2.merge([cv2.subtract(value, cv2.multiply(chroma, cv2.LUT(hue, a), scale=1 / 255)) for a in absence])
+    turn = int(factor * 255) % 256
+    absence = cv2.applyColorMap(hue, _ABSENCE[turn : turn + 256])
+    missing = cv2.multiply(cv2.cvtColor(chroma, cv2.COLOR_GRAY2RGB), absence, scale=1 / 255)
+    return cv2.subtract(cv2.cvtColor(value, cv2.COLOR_GRAY2RGB), missing)
 
 
-def _hue_and_chroma(
-    red: np.ndarray, green: np.ndarray, blue: np.ndarray, value: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Pillow's H, and (largest - smallest), both uint8 [H, W]; `value` is the largest of the three.
+def _hue_chroma_value(image: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Pillow's H; (largest - smallest) and the largest of the three channels. All uint8 [H, W].
 
-    Looked up, not computed: OpenCV's own conversion is one of the 256 hues off where the rounding of floats decides,
-    and that can be 6 levels in the result.
+    The hue is looked up, not computed: OpenCV's own conversion is one of the 256 hues off where the rounding of floats
+    decides, and that can be 6 levels in the result.
     """
-    smallest = cv2.min(cv2.min(red, green), blue)
-    middle = cv2.max(cv2.min(red, green), cv2.min(cv2.max(red, green), blue))
-    chroma = cv2.subtract(value, smallest)
-    order = ((red < green).view(np.uint8)) | ((green < blue).view(np.uint8) << 1) | ((red < blue).view(np.uint8) << 2)
-    # The table's columns and rows as 16-bit numbers: (largest - middle), and 256 * order + chroma.
-    places = cv2.merge([cv2.subtract(value, middle), np.zeros_like(order), chroma, order]).view(np.int16)
-    return cv2.remap(_hues(), places, None, cv2.INTER_NEAREST), chroma
+    red, green, blue = cv2.split(image)
+    low, high = cv2.min(red, green), cv2.max(red, green)
+    value = cv2.max(high, blue)
+    middle = cv2.max(low, cv2.min(high, blue))
+    chroma = cv2.subtract(value, cv2.min(low, blue))
+    # As 16-bit numbers, the column 256 * (red < green) + (largest - middle), and the row.
+    red_below_green = (red < green).view(np.uint8)
+    blue_above = (red < blue).view(np.uint8) + (green < blue).view(np.uint8) * np.uint8(2)
+    places = cv2.merge([cv2.subtract(value, middle), red_below_green, chroma, blue_above]).view(np.int16)
+    return cv2.remap(_hues(), places, None, cv2.INTER_NEAREST), chroma, value
 
 
 @functools.cache
 def _hues() -> np.ndarray:
     """Pillow's H of all colours, which only the order of the channels and their differences decide.
 
-    uint8 [8 * 256, 256]: row 256 * order + (largest - smallest), column (largest - middle); see `_hue_and_chroma` for
-    the order's bits.
+    uint8 [4 * 256, 2 * 256]: row 512 * (green < blue) + 256 * (red < blue) + (largest - smallest), column
+    256 * (red < green) + (largest - middle).
     """
     smallest, middle = np.mgrid[255:-1:-1, 255:-1:-1].astype(np.uint8)
     levels = np.stack([smallest, middle, np.full_like(smallest, 255)])
-    table = np.zeros((8, 256, 256), np.uint8)
+    table = np.zeros((4, 256, 2, 256), np.uint8)
     for red, green, blue in itertools.permutations(range(3)):
-        order = (red < green) | (green < blue) << 1 | (red < blue) << 2
         colours = np.ascontiguousarray(levels[[red, green, blue]].transpose(1, 2, 0))
-        table[order] = np.asarray(Image.fromarray(colours).convert("HSV"))[..., 0]
-    return table.reshape(8 * 256, 256)
+        hues = np.asarray(Image.fromarray(colours).convert("HSV"))[..., 0]
+        table[(red < blue) + 2 * (green < blue), :, int(red < green)] = hues
+    return table.reshape(4 * 256, 2 * 256)
 
 
 def _absence() -> np.ndarray:
-    """By how much of the chroma R, G and B (rows) stay below the largest, for each hue: uint8 [3, 256], 255 is all."""
-    sector = np.arange(256) * 6.0 / 255.0
+    """By how much of the chroma R, G and B stay below the largest, for each hue: uint8 [512, 1, 3], 255 is all.
+
+    Twice the circle, so that a turned one is a part of it.
+    """
+    sector = np.tile(np.arange(256) * 6.0 / 255.0, 2)
     # A channel is full within one sixth of the circle of its own hue, and has nothing beyond two sixths.
-    distance = np.stack([np.abs((sector - own + 3.0) % 6.0 - 3.0) for own in (0.0, 2.0, 4.0)])
-    return np.rint(255 * np.clip(distance - 1.0, 0.0, 1.0)).astype(np.uint8)
+    distance = np.stack([np.abs((sector - own + 3.0) % 6.0 - 3.0) for own in (0.0, 2.0, 4.0)], axis=-1)
+    return np.rint(255 * np.clip(distance - 1.0, 0.0, 1.0)).astype(np.uint8)[:, None]
 
 
 _ABSENCE = _absence()
@@ -151,11 +155,11 @@ def box_kernel(radius: float) -> np.ndarray:
     variance = radius * radius / 3
     whole = math.floor((math.sqrt(12 * variance + 1) - 1) / 2)
     fraction = (2 * whole + 1) * (whole * (whole + 1) - 3 * variance) / (6 * (variance - (whole + 1) ** 2))
-    weights = np.array([fraction, *[1.0] * (2 * whole + 1), fraction])
-    weights /= weights.sum()
+    full = 2 * (whole + fraction) + 1
     # Pillow's weights are whole numbers of 2 ** -24, cut off. That decides where a result lies halfway between two
     # levels, so it is done here too; magnified, or it would be lost in the 24 bits of a float sum.
-    inner = int(np.float32(2**24) / np.float32(2 * (whole + fraction) + 1))
-    outer = (2**24 - (2 * whole + 1) * inner) // 2
-    cut = np.array([outer, *[inner] * (2 * whole + 1), outer]) / 2**24
-    return (weights + 200 * (cut - weights)).astype(np.float32)
+    cut_inner = int(np.float32(2**24) / np.float32(full))
+    cut_outer = (2**24 - (2 * whole + 1) * cut_inner) // 2
+    inner = 1 / full + 200 * (cut_inner / 2**24 - 1 / full)
+    outer = fraction / full + 200 * (cut_outer / 2**24 - fraction / full)
+    return np.array([outer, *[inner] * (2 * whole + 1), outer], np.float32)

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import logging
 
+import cv2
 import numpy as np
 from PIL import Image
 
 try:
     import cykooz_resizer
+    from cykooz_resizer import ResizeOptions
 except ImportError:  # It has no release for Python 3.9.
     cykooz_resizer = None
+else:
+    _RGBX = cykooz_resizer.PixelType.U8x4
+    _CATMULL_ROM = cykooz_resizer.ResizeAlg.convolution(cykooz_resizer.FilterType.catmull_rom)
+    _WHOLE = ResizeOptions(resize_alg=_CATMULL_ROM, use_alpha=False)
 
 logger = logging.getLogger("passl")
 
@@ -35,11 +41,12 @@ def resize(pixels: np.ndarray, box: FloatBox, size: tuple[int, int]) -> np.ndarr
     """The part `box` of `pixels`, resized; no pixel that lies outside of the box entirely has a part in it.
 
     Args:
-        pixels: uint8 [H, W, 3].
+        pixels: uint8 [H, W, 4], RGB and a channel without meaning. The library takes 1.4 times as long for pixels of
+            three bytes.
         size: (height, width) of the result.
 
     Returns:
-        uint8 [height, width, 3], within one level of what Pillow 13 makes of the cropped image.
+        uint8 [height, width, 3], within two levels of what Pillow 13 makes of the cropped image.
     """
     top, left, height, width = box
     row, column = int(top), int(left)
@@ -50,7 +57,7 @@ def resize(pixels: np.ndarray, box: FloatBox, size: tuple[int, int]) -> np.ndarr
 
 def _with_pillow(pixels: np.ndarray, box: FloatBox, size: tuple[int, int]) -> np.ndarray:
     top, left, height, width = box
-    image = Image.fromarray(np.ascontiguousarray(pixels))
+    image = Image.fromarray(np.ascontiguousarray(pixels[..., :3]))
     corners = (left, top, left + width, top + height)
     return np.asarray(image.resize(size[::-1], Image.Resampling.BICUBIC, box=corners))
 
@@ -58,22 +65,23 @@ def _with_pillow(pixels: np.ndarray, box: FloatBox, size: tuple[int, int]) -> np
 def _with_cykooz(pixels: np.ndarray, box: FloatBox, size: tuple[int, int]) -> np.ndarray:
     top, left, height, width = box
     rows, columns = pixels.shape[:2]
-    pixel_type = cykooz_resizer.PixelType.U8x3
-    image = cykooz_resizer.ImageData(columns, rows, pixel_type, pixels.tobytes())
+    image = cykooz_resizer.ImageData(columns, rows, _RGBX, pixels.tobytes())
     resizer = cykooz_resizer.Resizer()
-    result = cykooz_resizer.ImageData(size[1], size[0], pixel_type)
+    result = cykooz_resizer.ImageData(size[1], size[0], _RGBX)
     if size[0] < height and height - size[0] > 2 * (width - size[1]):
         # Down and across at once, in this order.
-        resizer.resize(image, result, _options(left, top, width, height))
+        resizer.resize(image, result, _options(columns, rows, left, top, width, height))
     else:
         # Values below 0 and above 255 are cut off between the two, so the order shows: this is Pillow's.
-        wide = cykooz_resizer.ImageData(size[1], rows, pixel_type)
-        resizer.resize(image, wide, _options(left, 0, width, rows))
-        resizer.resize(wide, result, _options(0, top, size[1], height))
-    return np.frombuffer(result.get_buffer(), np.uint8).reshape(*size, 3)
+        wide = cykooz_resizer.ImageData(size[1], rows, _RGBX)
+        resizer.resize(image, wide, _options(columns, rows, left, 0, width, rows))
+        resizer.resize(wide, result, _options(size[1], rows, 0, top, size[1], height))
+    return cv2.cvtColor(np.frombuffer(result.get_buffer(), np.uint8).reshape(*size, 4), cv2.COLOR_RGBA2RGB)
 
 
-def _options(left: float, top: float, width: float, height: float) -> cykooz_resizer.ResizeOptions:
-    catmull_rom = cykooz_resizer.ResizeAlg.convolution(cykooz_resizer.FilterType.catmull_rom)
-    crop_box = cykooz_resizer.CropBox(left, top, width, height)
-    return cykooz_resizer.ResizeOptions(resize_alg=catmull_rom, crop_box=crop_box)
+def _options(columns: int, rows: int, left: float, top: float, width: float, height: float) -> ResizeOptions:
+    if (width, height) == (columns, rows):
+        return _WHOLE
+    options = _WHOLE.copy()
+    options.crop_box = cykooz_resizer.CropBox(left, top, width, height)
+    return options
