@@ -63,6 +63,9 @@ def blur_planes(planes: np.ndarray, radius: float) -> np.ndarray:
     """The same of float32 [C, H, W]."""
     import cv2
 
+    # As in the back end of OpenCV: workers do the parallel work, and threads do not survive a fork.
+    if cv2.getNumThreads() != 1:
+        cv2.setNumThreads(1)
     # Four deviations to both sides: what is cut off weighs 6e-5.
     side = 2 * math.ceil(4 * radius) + 1
     result = np.empty(planes.shape, np.float32)

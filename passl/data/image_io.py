@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Optional, Union
 
@@ -12,7 +14,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from passl.data.errors import UnreadableImageError
-from passl.data.raw_images import is_eight_bit, orientation_of, read_array, reason_of
+from passl.data.raw_images import exif_orientation, is_eight_bit, read_array, reason_of
 
 # What transforms get: 8-bit RGB as Pillow's, all else as an array [H, W, C].
 AnyImage = Union[Image.Image, np.ndarray]
@@ -74,12 +76,21 @@ class ImageSource:
             UnreadableImageError: empty, truncated, damaged or not an image, or larger than
                 `PIL.Image.MAX_IMAGE_PIXELS` allows (a decompression bomb).
         """
+        with self.opened() as image:
+            image.load()
+            return to_rgb(_upright(image))
+
+    @contextlib.contextmanager
+    def opened(self) -> Iterator[Image.Image]:
+        """The image as `PIL.Image.open` gives it: its header is read, its pixels are not.
+
+        Whatever goes wrong inside of the `with` block, there too, is an UnreadableImageError.
+        """
         if not self.data:
             raise UnreadableImageError(self.name, "the file is empty (0 bytes)")
         try:
             with Image.open(io.BytesIO(self.data)) as image:
-                image.load()
-                return to_rgb(_upright(image))
+                yield image
         except (UnreadableImageError, MemoryError):
             raise
         # Pillow's decoders raise OSError, SyntaxError, ValueError, EOFError, struct.error, KeyError ... for damaged
@@ -140,4 +151,4 @@ def reduce_to_8_bit(values: np.ndarray) -> np.ndarray:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    return ImageOps.exif_transpose(image) if orientation_of(image) in range(2, 9) else image
+    return ImageOps.exif_transpose(image) if exif_orientation(image) != 1 else image

@@ -64,7 +64,7 @@ class MultiCrop:
         local_blur_prob: float = 0.5,
         mean: Sequence[float] = IMAGENET_MEAN,
         std: Sequence[float] = IMAGENET_STD,
-        backend: str = "pillow",
+        backend: str = "opencv",
     ) -> None:
         if num_local_crops < 0:
             raise ValueError(f"num_local_crops must be at least 0, not {num_local_crops!r}")

@@ -183,7 +183,7 @@ def _read_png(name: str, data: bytes) -> np.ndarray:
     import cv2
 
     with Image.open(io.BytesIO(data)) as image:
-        orientation = orientation_of(image)
+        orientation = exif_orientation(image)
     array = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
     if array is None:
         # Pillow's error says what is wrong with it.
@@ -204,7 +204,7 @@ def _reordered(array: np.ndarray, samples: int) -> np.ndarray:
 def _read_with_pillow(data: bytes) -> np.ndarray:
     with Image.open(io.BytesIO(data)) as image:
         image.load()
-        orientation = orientation_of(image)
+        orientation = exif_orientation(image)
         return _upright(_pillow_array(image), orientation)
 
 
@@ -223,12 +223,13 @@ def _pillow_array(image: Image.Image) -> np.ndarray:
     return np.asarray(image)
 
 
-def orientation_of(image: Image.Image) -> int:
-    """What EXIF says: 1 is upright."""
+def exif_orientation(image: Image.Image) -> int:
+    """1 (upright) to 8, by the EXIF standard; 1 if nothing else is said."""
     try:
-        return image.getexif().get(_ORIENTATION, 1)
+        orientation = image.getexif().get(_ORIENTATION, 1)
     except (OSError, SyntaxError, ValueError, KeyError, TypeError, struct.error):
         return 1  # A damaged EXIF block says nothing about the pixels.
+    return orientation if orientation in range(2, 9) else 1
 
 
 def _upright(array: np.ndarray, orientation: Any) -> np.ndarray:

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Optional
+from typing import Any, NamedTuple, Optional
 
 import numpy as np
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
@@ -35,8 +34,7 @@ INTERPOLATIONS = {
 Generator = np.random.Generator
 
 
-@dataclass(frozen=True)
-class Box:
+class Box(NamedTuple):
     """A rectangle of pixels: its first row and column, its height and width."""
 
     top: int
@@ -161,6 +159,11 @@ def resized_crop(image: AnyImage, box: Box, size: Size, interpolation: str = "bi
 # --- drawing parameters ---
 
 
+def uniform(rng: Generator, low: float, high: float) -> float:
+    """What `rng.uniform(low, high)` returns, in a third of the time: dozens are drawn for each image."""
+    return low + (high - low) * rng.random()
+
+
 def draw_crop_box(
     rng: Generator, height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float]
 ) -> Box:
@@ -169,9 +172,10 @@ def draw_crop_box(
     Its share of the area is uniform in `scale` and the logarithm of width/height uniform in `ratio`; after
     ten boxes that do not fit, the largest central box with an allowed ratio is returned (torchvision's rule).
     """
+    log_ratio = math.log(ratio[0]), math.log(ratio[1])
     for _ in range(10):
-        target_area = height * width * rng.uniform(*scale)
-        aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
+        target_area = height * width * uniform(rng, *scale)
+        aspect = math.exp(uniform(rng, *log_ratio))
         box_width = round(math.sqrt(target_area * aspect))
         box_height = round(math.sqrt(target_area / aspect))
         if 0 < box_width <= width and 0 < box_height <= height:
@@ -205,10 +209,10 @@ def draw_color_jitter(rng: Generator, brightness: float, contrast: float, satura
     steps = []
     for name, strength in (("brightness", brightness), ("contrast", contrast), ("saturation", saturation)):
         if strength > 0:
-            steps.append((name, rng.uniform(max(0.0, 1.0 - strength), 1.0 + strength)))
+            steps.append((name, uniform(rng, max(0.0, 1.0 - strength), 1.0 + strength)))
     if hue > 0:
-        steps.append(("hue", rng.uniform(-hue, hue)))
-    return tuple(steps[i] for i in rng.permutation(len(steps)))
+        steps.append(("hue", uniform(rng, -hue, hue)))
+    return tuple([steps[i] for i in rng.permutation(len(steps)).tolist()])
 
 
 def apply_color_jitter(image: AnyImage, steps: JitterSteps) -> AnyImage:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Optional
+from typing import NamedTuple, Optional
 
-from passl.data.transforms import Box, Generator, JitterSteps, draw_color_jitter, draw_crop_box
+from passl.data.transforms import Box, Generator, JitterSteps, draw_color_jitter, draw_crop_box, uniform
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,7 @@ class ViewRecipe:
     solarize_prob: float
 
 
-@dataclass(frozen=True)
-class ViewParameters:
+class ViewParameters(NamedTuple):
     """What one view does look like: everything random about it. `blur_radius` None means no blur."""
 
     box: Box
@@ -43,6 +42,6 @@ def draw_view_parameters(rng: Generator, height: int, width: int, recipe: ViewRe
         flip=rng.random() < recipe.flip_prob,
         jitter=draw_color_jitter(rng, *recipe.jitter_strengths) if rng.random() < recipe.jitter_prob else (),
         gray=rng.random() < recipe.gray_prob,
-        blur_radius=rng.uniform(*recipe.blur_radius) if rng.random() < recipe.blur_prob else None,
+        blur_radius=uniform(rng, *recipe.blur_radius) if rng.random() < recipe.blur_prob else None,
         solarize=rng.random() < recipe.solarize_prob,
     )

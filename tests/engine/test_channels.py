@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+from collections.abc import Iterator
 
 import cv2
 import numpy as np
@@ -78,6 +80,15 @@ def write(kind: str, path: str, array: np.ndarray) -> None:
         tifffile.imwrite(f"{path}.tif", bytes_, photometric="minisblack", planarconfig="contig")
     else:
         tifffile.imwrite(f"{path}.tif", (array * 65535).astype(np.uint16), photometric="rgb")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def logging_as_before() -> Iterator[None]:
+    """The commands run in this process, and send its log elsewhere."""
+    logger = logging.getLogger("passl")
+    before = logger.handlers[:], logger.level, logger.propagate
+    yield
+    logger.handlers[:], logger.level, logger.propagate = before
 
 
 KINDS = {"grey png of 16 bits": 1, "arrays of five floats": 5, "tiff of four bytes": 4, "rgb tiff of 16 bits": 3}

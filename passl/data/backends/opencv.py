@@ -1,0 +1,93 @@
+"""The fast back end: JPEGs decoded by simplejpeg, resized by cykooz-resizer, all else by OpenCV, one thread each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Optional
+
+import cv2
+import numpy as np
+
+from passl.data.backends import pixels as ops
+from passl.data.backends import resampling
+from passl.data.backends.backend import Backend, ImageInput, OpenedImage
+from passl.data.image_io import ImageSource
+from passl.data.jpeg import REDUCTIONS, PlainJpeg, plain_jpeg
+from passl.data.transforms import Normalize, ToTensor
+from passl.data.views import ViewParameters
+
+# A reduced image is reduced by this much again, at least: then a view shows it by less than a level on average.
+_LEFT_TO_RESIZE = 2.0
+_OPERATIONS = {
+    "brightness": ops.adjust_brightness,
+    "contrast": ops.adjust_contrast,
+    "saturation": ops.adjust_saturation,
+    "hue": ops.adjust_hue,
+}
+
+
+class OpenCVBackend(Backend):
+    """See the module. Within two levels of 255 of the Pillow back end for each operation, most often none."""
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        resampling.warn_if_slow()
+        values = np.broadcast_to(np.arange(256, dtype=np.uint8)[:, None, None], (256, 1, len(mean)))
+        normalized = Normalize(mean, std)(ToTensor()(values))[..., 0]
+        self.normalized = np.ascontiguousarray(normalized)  # [C, 256]: what becomes of each value
+        self.normalized_solarized = np.ascontiguousarray(normalized[:, ops.solarized()])
+
+    def open(self, image: ImageInput) -> OpenedImage:
+        # Workers do the parallel work, one thread each. Here, and not when the back end is made: threads that run in
+        # the main process do not survive the fork to a worker.
+        if cv2.getNumThreads() != 1:
+            cv2.setNumThreads(1)
+        if isinstance(image, ImageSource):
+            jpeg = plain_jpeg(image)
+            if jpeg is not None:
+                return _ArrayImage(self, jpeg.height, jpeg.width, None, jpeg)
+            image = image.rgb()
+        pixels = np.asarray(image)
+        return _ArrayImage(self, pixels.shape[0], pixels.shape[1], pixels, None)
+
+
+class _ArrayImage(OpenedImage):
+    def __init__(
+        self,
+        backend: OpenCVBackend,
+        height: int,
+        width: int,
+        pixels: Optional[np.ndarray],
+        jpeg: Optional[PlainJpeg],
+    ) -> None:
+        self.backend = backend
+        self.height = height
+        self.width = width
+        self.pixels = pixels
+        self.jpeg = jpeg
+        self.scale = 1
+
+    def decode(self, reduction: float = 1.0) -> None:
+        if self.jpeg is not None:
+            self.scale = next((scale for scale in REDUCTIONS if scale * _LEFT_TO_RESIZE <= reduction), 1)
+            self.pixels = self.jpeg.decode(self.scale)
+        else:
+            self.pixels = cv2.cvtColor(self.pixels, cv2.COLOR_RGB2RGBA)
+
+    def render(self, view: ViewParameters, size: tuple[int, int], out: np.ndarray) -> None:
+        box = view.box
+        image = resampling.resize(
+            self.pixels, tuple(x / self.scale for x in (box.top, box.left, box.height, box.width)), size
+        )
+        if view.flip:
+            image = ops.horizontal_flip(image)
+        for name, factor in view.jitter:
+            image = _OPERATIONS[name](image, factor)
+        if view.gray:
+            image = ops.to_gray(image)
+        if view.blur_radius is not None:
+            image = ops.gaussian_blur(image, view.blur_radius)
+        # Solarising, dividing by 255 and normalising are one look-up.
+        tables = self.backend.normalized_solarized if view.solarize else self.backend.normalized
+        channels = (image,) * len(out) if image.ndim == 2 else cv2.split(image)
+        for channel, table, plane in zip(channels, tables, out):
+            cv2.LUT(channel, table, dst=plane)
