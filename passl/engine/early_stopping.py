@@ -48,13 +48,13 @@ class EarlyStopping:
         """The state after a measurement; ``state`` is the one before (None: this is the first).
 
         Returns:
-            best: the teacher's value that counts as best; counter: measurements since it, 0 if it is this one;
-            stopped: whether the run ends.
+            epoch: of this measurement; best: the teacher's value that counts as best; counter: measurements since it,
+            0 if it is this one; stopped: whether the run ends.
         """
         if state is None or (teacher >= state["best"] and teacher > student):
-            return {"best": teacher, "counter": 0, "stopped": False}
+            return {"epoch": epoch, "best": teacher, "counter": 0, "stopped": False}
         counter = state["counter"] + 1
-        return {"best": state["best"], "counter": counter, "stopped": self.is_over(counter, epoch)}
+        return {"epoch": epoch, "best": state["best"], "counter": counter, "stopped": self.is_over(counter, epoch)}
 
     def earliest_end(self) -> int:
         """The first epoch after which a run can end."""

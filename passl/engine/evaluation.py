@@ -115,8 +115,8 @@ class EarlyStoppingHook:
             if self.rule.is_over(state["counter"], trainer.epoch):
                 logger.warning(
                     "this run was stopped early after epoch %d (%d measurements without a new best, patience %d): it "
-                    "is not trained on. To go on all the same: a larger Global.early_stopping.patience or min_epoch, or "
-                    "-o Global.early_stopping=null",
+                    "is not trained on. To go on all the same, raise Global.early_stopping.patience or min_epoch, or "
+                    "give -o Global.early_stopping=null",
                     trainer.epoch + 1,
                     state["counter"],
                     self.rule.patience,
@@ -129,6 +129,7 @@ class EarlyStoppingHook:
             )
             trainer.progress["early_stopping"] = {**state, "stopped": False}
         self._check_reach(trainer)
+        self._catch_up(trainer)
 
     def _check_reach(self, trainer: Trainer) -> None:
         if self.rule.earliest_end() >= trainer.epochs - 1:
@@ -139,9 +140,20 @@ class EarlyStoppingHook:
                 trainer.epochs,
             )
 
+    def _catch_up(self, trainer: Trainer) -> None:
+        """Measures the epoch after which the run is resumed, if that is missing: its measurement may have failed."""
+        state = trainer.progress["early_stopping"]
+        if self._is_due(trainer) and (state is None or state["epoch"] < trainer.epoch):
+            self.after_step(trainer)
+            if trainer.progress["is_best"] or trainer.step == trainer.stop_step:
+                self.measuring.checkpoints.save(trainer, trainer.progress["is_best"])
+
+    def _is_due(self, trainer: Trainer) -> bool:
+        return trainer.at_epoch_end and self.rule.is_due(trainer.epoch)
+
     def after_step(self, trainer: Trainer) -> None:
         trainer.progress["is_best"] = False
-        due = trainer.at_epoch_end and self.rule.is_due(trainer.epoch)
+        due = self._is_due(trainer)
         if not due and trainer.step != trainer.stop_step:
             return
         results = self.measuring.run(trainer)

@@ -168,8 +168,8 @@ def evaluate_config(config: Config, source: Config) -> dict[str, float]:
         if evaluator.subject == "backbones" and "student" in evaluator.models and not is_whole:
             raise CheckpointError(
                 f"{settings.pretrained_model} (checkpoint_key {settings.checkpoint_key}) gives one backbone, not "
-                f"teacher and student: {type(evaluator).__name__} would compare equals. Give a whole run, such as its latest "
-                "or best, with checkpoint_key teacher, or remove student from models"
+                f"teacher and student: {type(evaluator).__name__} would compare equals. Give a whole run (its latest "
+                "or best) and checkpoint_key teacher, or remove student from models"
             )
         if evaluator.subject == "method" and not is_whole:
             raise CheckpointError(
