@@ -111,7 +111,7 @@ class EarlyStoppingHook:
         trainer.progress.setdefault("best_metric", None)
         trainer.progress.setdefault("early_stopping", None)
         state = trainer.progress["early_stopping"]
-        if state and state["stopped"]:
+        if state and state["stopped"] and state["epoch"] == trainer.epoch:  # else it has been trained on without a rule
             if self.rule.is_over(state["counter"], trainer.epoch):
                 logger.warning(
                     "this run was stopped early after epoch %d (%d measurements without a new best, patience %d): it "

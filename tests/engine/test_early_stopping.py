@@ -259,6 +259,19 @@ def test_a_stopped_run_is_not_trained_on_unless_told_to(folder, stopped):
     assert checkpoint.read_states(folder / "longer/DINO/best")["step"] == 24
 
 
+def test_without_the_rule_the_largest_value_is_the_best(folder, stopped):
+    """Also for the rest of a run that it had stopped."""
+    latest = folder / "stopped/DINO/latest"
+    done = train(
+        folder, "off", "-o", f"Global.checkpoint={latest}", "-o", "Global.early_stopping=null", tables=[MEASURED]
+    )
+    assert done.returncode == 0, done.stderr
+    rows = eval_rows(folder / "off")
+    assert [(row["epoch"], "early_stopping_counter" in row) for row in rows] == [(6, False), (7, False), (8, False)]
+    assert checkpoint.read_states(folder / "off/DINO/latest")["progress"]["best_metric"] == 70
+    assert checkpoint.read_states(folder / "off/DINO/best")["step"] == 21  # the first of equals
+
+
 @pytest.mark.parametrize("killed_at", [6, 11, 15])
 def test_killed_and_resumed_it_decides_the_same(folder, stopped, killed_at):
     out = f"killed{killed_at}"
