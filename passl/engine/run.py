@@ -13,13 +13,16 @@ from passl import checkpoint, distributed, log
 from passl.checkpoint import CheckpointError, CheckpointStore
 from passl.config import Config, ConfigError, check, to_yaml
 from passl.engine import build, start
-from passl.engine.hooks import CheckpointHook, EvaluationHook, LogHook
+from passl.engine.early_stopping import deciding_evaluator
+from passl.engine.evaluation import EarlyStoppingHook, EvaluationHook, Measuring
+from passl.engine.hooks import CheckpointHook, LogHook
 from passl.engine.passl_config import translate
 from passl.engine.plugins import load_plugins
 from passl.engine.settings import GlobalSettings, schema
 from passl.engine.trainer import Hook, Trainer
 from passl.evaluators import Evaluator, evaluate
 from passl.models import cpu
+from passl.models.method import Method
 from passl.schedules import Timeline
 
 logger = logging.getLogger("passl")
@@ -81,8 +84,9 @@ def _prepare(
         "config": to_yaml(source),
         "world_size": distributed.world_size(),
         "length": len(loader.dataset),
+        "pct": loader.sampler.pct,
     }
-    hooks = _hooks(settings, line, evaluators, store, description)
+    hooks = _hooks(settings, line, method, evaluators, store, description)
     schedules = build.schedules(config, line)
     resumed = start.resume_prefix(settings, store)
     states = None
@@ -118,6 +122,7 @@ def _prepare(
 def _hooks(
     settings: GlobalSettings,
     line: Timeline,
+    method: Method,
     evaluators: list[Evaluator],
     store: CheckpointStore,
     description: dict[str, Any],
@@ -126,10 +131,19 @@ def _hooks(
     log_hook = LogHook(store.folder, settings.print_batch_step, settings.use_visualdl)
     save_interval = _steps(line, settings.save_interval, "epoch", "Global.save_interval")
     checkpoints = CheckpointHook(store, save_interval, description)
-    if not evaluators:
-        return [log_hook, checkpoints]
-    interval = _steps(line, settings.eval_interval, settings.eval_unit, "Global.eval_interval")
-    return [log_hook, EvaluationHook(evaluators, interval, log_hook, checkpoints, store.folder), checkpoints]
+    hooks: list[Hook] = [log_hook]
+    rule = settings.early_stopping
+    if rule is not None:
+        if not settings.eval_during_train:
+            raise ConfigError(["Global.early_stopping: it needs evaluation: set Global.eval_during_train: true"])
+        deciding = deciding_evaluator(evaluators, method)
+        evaluators = [evaluator for evaluator in evaluators if evaluator is not deciding]
+        hooks.append(EarlyStoppingHook(rule, Measuring([deciding], log_hook, checkpoints, store.folder)))
+    if evaluators:
+        interval = _steps(line, settings.eval_interval, settings.eval_unit, "Global.eval_interval")
+        measuring = Measuring(evaluators, log_hook, checkpoints, store.folder)
+        hooks.append(EvaluationHook(measuring, interval, decides_best=rule is None))
+    return [*hooks, checkpoints]
 
 
 def _folder(config: Config, settings: GlobalSettings) -> Path:
@@ -151,6 +165,12 @@ def evaluate_config(config: Config, source: Config) -> dict[str, float]:
     build.check_labels(model, None, found)
     results: dict[str, float] = {}
     for evaluator in found:
+        if evaluator.subject == "backbones" and "student" in evaluator.models and not is_whole:
+            raise CheckpointError(
+                f"{settings.pretrained_model} (checkpoint_key {settings.checkpoint_key}) gives one backbone, not "
+                f"teacher and student: {type(evaluator).__name__} would compare equals. Give a whole run (its latest "
+                "or best) and checkpoint_key teacher, or remove student from models"
+            )
         if evaluator.subject == "method" and not is_whole:
             raise CheckpointError(
                 f"{settings.pretrained_model} has no weights for all of {type(model).__name__}, only a backbone: its "
@@ -247,3 +267,6 @@ def _announce(trainer: Trainer, folder: Path) -> None:
         type(method).__name__, trainable / 1e6, line.global_batch_size, distributed.world_size(),
         line.steps_per_epoch, trainer.step, trainer.stop_step, paddle.get_device(), folder,
     )  # fmt: skip
+    sampler = trainer.loader.sampler
+    if sampler.subset is not None:
+        logger.info("training on %d of %d samples (pct %g)", sampler.num_samples, sampler.length, sampler.pct)
