@@ -12,6 +12,7 @@ import paddle
 from passl import checkpoint, distributed, log
 from passl.checkpoint import CheckpointError, CheckpointStore
 from passl.config import Config, ConfigError, check, to_yaml
+from passl.data import file_index
 from passl.engine import build, start
 from passl.engine.early_stopping import deciding_evaluator
 from passl.engine.evaluation import EarlyStoppingHook, EvaluationHook, Measuring
@@ -48,6 +49,7 @@ def checked(config: Config, training: bool) -> Config:
 def train(config: Config, source: Config) -> Trainer:
     """Run a checked configuration to its end; ``source`` is what the user gave and is saved beside the results."""
     settings = build.global_settings(config)
+    file_index.keep_in(_index_folder(settings))
     for key, lowest in (("epochs", 1), ("accum_steps", 1), ("max_train_step", 1), ("seed", 0)):
         value = getattr(settings, key)
         if value is not None and value < lowest:
@@ -150,9 +152,15 @@ def _folder(config: Config, settings: GlobalSettings) -> Path:
     return Path(settings.output_dir).expanduser() / (settings.name or config["Model"]["name"])
 
 
+def _index_folder(settings: GlobalSettings) -> Path:
+    # Beside the runs: a new one of the same name moves an old one aside.
+    return Path(settings.output_dir).expanduser() / "file_index"
+
+
 def evaluate_config(config: Config, source: Config) -> dict[str, float]:
     """Run the evaluators of a checked configuration on its model; writes and returns their numbers."""
     settings = build.global_settings(config)
+    file_index.keep_in(_index_folder(settings))
     set_up(settings)
     folder = _folder(config, settings)
     log.setup(folder / "eval.log" if distributed.is_main() else None, quiet=not distributed.is_main())
