@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Optional, Union
@@ -24,6 +24,7 @@ from passl.formats.atomic import replacing
 
 PathLike = Union[str, os.PathLike]
 CLASS_IDS = "class-ids.npy"
+COHORTS = "cohort_indices.npy"
 _PROGRESS_EVERY = 1024  # members
 
 
@@ -190,6 +191,35 @@ class _Scan:
         if not self._walk.has_end:
             notes.append("the blocks of zeros that end an archive are missing: it may be cut off")
         return notes
+
+
+def join_indices(
+    output_root: PathLike, tarballs: Sequence[PathLike], prefix: str = "pretrain", suffix: Optional[str] = None
+) -> Path:
+    """Write one file of entries over several tarballs whose indices, with their stems as prefixes, are in a folder.
+
+    `{prefix}_entries[_{suffix}].npy`: uint64 [N, 5], as those of the tarballs, with the number of the tarball;
+    `cohort_indices.npy`: {number: stem of the tarball}. Returns the path of the entries.
+
+    Raises:
+        TarError: two tarballs have one stem, or one that is the prefix.
+        OSError: an index is missing, or cannot be written.
+    """
+    root = Path(output_root).expanduser()
+    stems = [Path(tarball).stem for tarball in tarballs]
+    if len({*stems, prefix}) <= len(stems):
+        raise TarError(f"tarballs need names of their own, other than {prefix!r}: {shortened(stems)}")
+    cohorts, joined = NamesBuilder(), []
+    for number, stem in enumerate(stems):
+        cohorts.add(number, stem.encode("utf-8", "surrogatepass"))
+        entries = np.load(root / entries_name(stem, suffix), mmap_mode="r")
+        joined.append(np.pad(entries, ((0, 0), (0, 1)), constant_values=number))
+    with replacing(root / COHORTS) as file:
+        write_names(file, cohorts.build())
+    path = root / entries_name(prefix, suffix)
+    with replacing(path) as file:
+        np.save(file, np.concatenate(joined))
+    return path
 
 
 # --- files ----------------------------------------------------------------------------------------------------------

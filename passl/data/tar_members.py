@@ -248,6 +248,21 @@ class TarWalk:
         )
 
 
+def header_before(file: PositionalFile, start: int) -> Optional[Member]:
+    """What the header directly before the bytes at `start` says; None if there is none.
+
+    A long path is cut off in it, and a size of 8 GiB or more may be 0. Raises OSError.
+    """
+    header = file.read(start - BLOCK, BLOCK) if start >= BLOCK else b""
+    if len(header) < BLOCK or not _checksum_is_right(header):
+        return None
+    try:
+        size = _number(header[124:136])
+    except ValueError:
+        return None
+    return Member(_path(header), _KINDS.get(header[156:157], "unknown"), start, size)
+
+
 # --- fields ---------------------------------------------------------------------------------------------------------
 
 
