@@ -129,6 +129,7 @@ class _Scan:
         self._entries = array("Q")
         self._left_out: dict[str, list[str]] = {}
         self._not_images: list[str] = []
+        self._extensions = image_extensions()
 
     def take(self, member: Member) -> None:
         if member.kind != FILE:
@@ -144,7 +145,7 @@ class _Scan:
         if self._remove is not None and member.path in self._remove:
             return
         label = 0 if self._labels is None else self._labels.number(member.path)
-        if os.path.splitext(name)[1].lower() not in image_extensions():
+        if "." + name.rpartition(".")[2].lower() not in self._extensions:
             self._not_images.append(printable(member.path))
         self._entries.extend((label, number, member.start, member.start + member.size))
 
@@ -168,7 +169,7 @@ class _Scan:
         path = self._walk.path
         if not self.files:
             raise TarError(f"{path} holds no files")
-        entries = np.array(self._entries, np.uint64).reshape(-1, 4)
+        entries = np.frombuffer(self._entries, np.uint64).reshape(-1, 4)  # no copy
         if not len(entries):
             chosen = self._keep or self._remove
             raise TarError(f"none of the {self.files} files in {path} is left by {chosen.path}")

@@ -57,55 +57,26 @@ def _add_index(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
 
-    def add(name: str, *aliases: str, **settings: Any) -> None:
-        names = [name, *aliases]
-        dashed = [f"--{each[2:].replace('_', '-')}" for each in names if "_" in each]
-        parser.add_argument(*names, *dashed, **{"dest": name[2:], **settings})
+    def add(name: str, *others: str, **settings: Any) -> None:
+        names = dict.fromkeys([name, *others, name.replace("_", "-")])
+        parser.add_argument(*names, dest=name[2:], **settings)
 
-    add(
-        "--tarball_path",
-        "-t",
-        type=Path,
-        required=True,
-        nargs="+",
-        metavar="TAR",
-        help="an uncompressed tarball, or several: each gets an index "
-        "of its own, with its stem as prefix, and all together one with PREFIX",
-    )
+    more = "several: each gets an index with its stem as prefix, and all together get one with PREFIX"
+    add("--tarball_path", "-t", nargs="+", type=Path, required=True, metavar="TAR", help=f"a tarball, or {more}")
     add("--output_root", "-o", type=Path, required=True, metavar="FOLDER", help="where to write the index")
     add("--prefix", "-p", "--name", default="pretrain", help="of the names of the index's files (default: pretrain)")
-    add(
-        "--restrict",
-        "-r",
-        "--keep",
-        metavar="LIST",
-        help="take only these files: .txt, a name a line, or .csv with "
-        "a column 'filename'; a name is a base name or a path in the tarball",
-    )
+    lists = "names, one a line, or a .csv with a column 'filename'; a name is a base name or a path in the tarball"
+    add("--restrict", "-r", "--keep", metavar="LIST", help=f"take only these files: {lists}")
     add("--remove", metavar="LIST", help="take all but these files")
-    add(
-        "--suffix",
-        "-s",
-        help="of the name of the entries, for a part of the tarball: --restrict fold0.txt --suffix fold0",
-    )
-    add(
-        "--csv",
-        "-c",
-        metavar="CSV",
-        help="labels: columns 'filename', 'label' (numbers from 0, or words) and, "
-        "optionally, 'class' (the class's name)",
-    )
+    add("--suffix", "-s", help="for a part of the tarball: --restrict fold0.txt --suffix fold0")
+    columns = "columns 'filename', 'label' (numbers from 0, or words) and, optionally, 'class' (the class's name)"
+    add("--csv", "-c", metavar="CSV", help=f"labels: {columns}")
     add("--folder_labels", action="store_true", help="labels: the class of a file is the folder it lies in")
     add("--file_name", "-f", default="filename", metavar="COLUMN", help="name of the column of file names")
     add("--label_name", "-l", default="label", metavar="COLUMN", help="name of the column of labels")
     add("--class_name", "-n", default="class", metavar="COLUMN", help="name of the column of class names")
     add("--skip_special", action="store_true", help="leave out hard links and sparse files instead of stopping")
-    add(
-        "--ignore_zeros",
-        "-i",
-        action="store_true",
-        help="read on behind the end of the archive, for tarballs joined with cat",
-    )
+    add("--ignore_zeros", "-i", action="store_true", help="read on behind the archive's end (tarballs joined with cat)")
     add("--force", action="store_true", help="overwrite the index of another tarball")
     parser.set_defaults(run=_run_index)
 
