@@ -8,7 +8,7 @@ import multiprocessing
 import os
 from array import array
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -83,16 +83,14 @@ def check_images(
     images = _Images()
     damage: list[str] = []
     notes: list[str] = []
-    # Once each, or all in them would be duplicates.
-    for path in dict.fromkeys(Path(path).expanduser().resolve() for path in paths):
-        tarballs = sorted(path.glob("*.tar")) if path.is_dir() else [path]
-        for tarball in tarballs:
-            try:
-                images.add_tarball(tarball, notes)
-            except TarError as error:
-                damage.append(str(error))
-        if not tarballs:
+    for path in _once(Path(path).expanduser() for path in paths):
+        if path.is_dir():
             images.add_folder(path)
+            continue
+        try:
+            images.add_tarball(path, notes)
+        except TarError as error:
+            damage.append(str(error))
     digests = np.zeros((len(images), _DIGEST_BYTES), np.uint8)
     corrupt: dict[int, str] = {}
     for count, (number, digest, problem) in enumerate(_checked(images, num_workers)):
@@ -104,6 +102,15 @@ def check_images(
     if progress is not None:
         progress(len(images), len(images))
     return CheckReport(images, corrupt, _groups(digests, corrupt), damage, notes)
+
+
+def _once(paths: Iterable[Path]) -> list[Path]:
+    """Tarballs and folders without a tarball, each once: twice, all in it would be duplicates."""
+    found: dict[Path, Path] = {}
+    for path in paths:
+        for each in sorted(path.glob("*.tar")) or [path]:
+            found.setdefault(each.resolve(), each)
+    return list(found.values())
 
 
 class _Images:

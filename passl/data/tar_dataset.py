@@ -57,7 +57,8 @@ class TarDataset(ImageSamples):
         suffix: of the entries of a part, such as "fold0".
         tarball: the tarball, or one for each root, if it is not in `root` under the name `{prefix}_dataset.tar`,
             `{prefix}.tar` or `dataset.tar`, or the only one there; relative paths start from `root`.
-        labels: whether the entries' class indices are labels; None: if `class-ids.npy` is in `root`, and not all are 0.
+        labels: whether the entries' class indices are labels; None: if `class-ids.npy` is in `root`, unless the
+            prefix is "pretrain" and all are 0.
 
     Raises:
         FileNotFoundError: a tarball or its index is missing; says how to write it.
@@ -78,17 +79,16 @@ class TarDataset(ImageSamples):
         roots = [Path(each).expanduser() for each in _listed(root)]
         tarballs = [None] * len(roots) if tarball is None else _listed(tarball)
         if not roots or len(tarballs) != len(roots):
-            raise ValueError(
-                f"TarDataset needs a tarball for each root: {len(roots)} root(s), {len(tarballs)} tarball(s)"
-            )
+            counts = f"{len(roots)} root(s), {len(tarballs)} tarball(s)"
+            raise ValueError(f"TarDataset needs a root, and a tarball for each root or none: {counts}")
         self._parts = [_open(each, prefix, suffix, path) for each, path in zip(roots, tarballs)]
         # Number of the sample behind each part.
         self._ends = np.cumsum([len(part.entries) for part in self._parts]).tolist()
         numbers = np.concatenate([part.entries[:, 0] for part in self._parts]).astype(np.int64)
         class_names = _class_names(roots, numbers)
         if labels is None:
-            # The index of unlabelled images, all 0, may lie in one folder with those of a labelled query and test set.
-            labels = all((each / CLASS_IDS).exists() for each in roots) and (numbers.any() or len(class_names) == 1)
+            # Unlabelled images for pre-training, all 0, may lie in one folder with a labelled query and test set.
+            labels = all((each / CLASS_IDS).exists() for each in roots) and (prefix != "pretrain" or numbers.any())
         super().__init__(numbers if labels else None, class_names if labels else (), transform, max_bad_samples)
 
     def __len__(self) -> int:

@@ -132,13 +132,12 @@ class TarWalk:
                 continue
             member = self._member(code, header, {**self._global, **extended})
             extended = {}
-            self._last = member.path
             if member.kind not in _WITHOUT_DATA:
                 self.offset = member.start + -(-member.size // BLOCK) * BLOCK
                 if member.start + member.size > self.size:
-                    raise self._cut_off(
-                        f"{printable(member.path)!r} needs {member.size} bytes at {member.start}", offset
-                    )
+                    what = f"{printable(member.path)!r} needs {member.size} bytes at {member.start}"
+                    raise self._cut_off(what, offset)
+            self._last = member.path
             yield member
 
     # --- headers ---
