@@ -14,7 +14,7 @@ from passl.data.image_io import ImageSource, UnreadableImageError
 from passl.data.samples import ImageSamples
 from passl.data.tar_index import CLASS_IDS, COHORTS, entries_name, names_name
 from passl.data.tar_lists import base_name, shortened
-from passl.data.tar_members import PositionalFile, TarError, header_before, printable
+from passl.data.tar_members import BLOCK, PositionalFile, TarError, header_before, path_in, printable
 from passl.data.tar_names import Names, read_names, read_rows
 from passl.registry import DATASETS
 
@@ -56,7 +56,8 @@ class TarDataset(ImageSamples):
         root: a folder, or several, whose images follow each other.
         suffix: of the entries of a part, such as "fold0".
         tarball: the tarball, or one for each root, if it is not in `root` under the name `{prefix}_dataset.tar`,
-            `{prefix}.tar` or `dataset.tar`, or the only one there; relative paths start from `root`.
+            `{prefix}.tar` or `dataset.tar` ("query" and "test": also `downstream_dataset.tar`), or the only one
+            there; relative paths start from `root`.
         labels: whether the entries' class indices are labels; None: if `class-ids.npy` is in `root`, unless the
             prefix is "pretrain" and all are 0.
 
@@ -129,10 +130,12 @@ def _listed(value: Any) -> list:
 def _describe(tarball: _Tarball, row: Sequence[int]) -> str:
     """`path of the tarball!path of the member`; the index has base names, the header before the bytes the path."""
     name = tarball.names[row[1]]
-    member = header_before(tarball.file, row[2])
+    try:
+        path = path_in(tarball.file.read(row[2] - BLOCK, BLOCK)) if row[2] >= BLOCK else ""
+    except OSError:
+        path = ""
     # A long path is cut off in the header, or was in another one before it.
-    path = member.path if member is not None and base_name(member.path) == base_name(name) else name
-    return f"{tarball.file.path}!{printable(path)}"
+    return f"{tarball.file.path}!{printable(path if base_name(path) == base_name(name) else name)}"
 
 
 # --- opening --------------------------------------------------------------------------------------------------------
@@ -151,11 +154,10 @@ def _open(root: Path, prefix: Optional[str], suffix: Optional[str], tarball: Opt
         if tarball is not None:
             raise ValueError(f"{entries_path} is over several tarballs, which are beside it: leave out tarball")
         for number, cohort in _cohorts(root, entries[:, 4]):
-            path = _tarball(root, cohort, [f"{cohort}.tar", cohort], None)
+            path = _tarball(root, [f"{cohort}.tar", cohort], None)
             tarballs[number] = _Tarball(PositionalFile(path), _names(root, [cohort], path))
     else:
-        standard = [f"{prefix}_dataset.tar", f"{prefix}.tar"] if prefix else []
-        path = _tarball(root, prefix, [*standard, "dataset.tar"], tarball)
+        path = _tarball(root, _standard_names(prefix), tarball)
         tarballs[0] = _Tarball(PositionalFile(path), _names(root, prefixes, path))
     for number, each in tarballs.items():
         _check(entries_path, entries if len(tarballs) == 1 else entries[entries[:, 4] == number], each)
@@ -196,7 +198,13 @@ def _cohorts(root: Path, column: np.ndarray) -> Iterator[tuple[int, str]]:
             raise TarError(f"{path} does not name tarball {number}, which the entries have") from None
 
 
-def _tarball(root: Path, prefix: Optional[str], standard: Sequence[str], given: Optional[PathLike]) -> Path:
+def _standard_names(prefix: Optional[str]) -> list[str]:
+    """Of a tarball; query and test set of the clemsgrs code's online k-NN share one."""
+    own = [f"{prefix}_dataset.tar", f"{prefix}.tar"] if prefix else []
+    return [*own, *(["downstream_dataset.tar"] if prefix in ("query", "test") else []), "dataset.tar"]
+
+
+def _tarball(root: Path, standard: Sequence[str], given: Optional[PathLike]) -> Path:
     if given is not None:
         path = root / Path(given).expanduser()
         if not path.is_file():
@@ -227,11 +235,11 @@ def _no_index(
     root: Path, prefix: Optional[str], suffix: Optional[str], name: str, tarball: Optional[PathLike]
 ) -> FileNotFoundError:
     if tarball is None:
-        others = sorted(root.glob("*.tar"))
-        tarball = _first(root, [f"{prefix}_dataset.tar", f"{prefix}.tar"]) or (others[0] if others else "NAME.tar")
-    command = (
-        f"passl-data tar-index --tarball_path {shlex.quote(os.fspath(tarball))} --output_root {shlex.quote(str(root))}"
-    )
+        others = list(root.glob("*.tar"))
+        named = _first(root, [f"{prefix}_dataset.tar", f"{prefix}.tar"])
+        tarball = named or (others[0] if len(others) == 1 else "NAME.tar")
+    paths = [shlex.quote(os.fspath(path)) for path in (tarball, root)]
+    command = f"passl-data tar-index --tarball_path {paths[0]} --output_root {paths[1]}"
     if prefix != "pretrain":
         command += f" --prefix {shlex.quote(prefix or '')}"
     if suffix:

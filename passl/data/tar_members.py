@@ -144,7 +144,7 @@ class TarWalk:
 
     def _member(self, code: bytes, header: bytes, extended: dict[str, str]) -> Member:
         size = self._size(header, extended)
-        path = extended.get("path") or _path(header)
+        path = extended.get("path") or path_in(header)
         kind = _KINDS.get(code, f"member of type {code!r}")
         if any(key.startswith("GNU.sparse.") for key in extended):
             kind, path = SPARSE, extended.get("GNU.sparse.name", path)
@@ -167,7 +167,7 @@ class TarWalk:
             size = -1
         if size < 0:
             raise TarError(
-                f"{self.path}: damaged: {printable(_path(header))!r} at offset {self.offset - BLOCK} has a size that "
+                f"{self.path}: damaged: {printable(path_in(header))!r} at offset {self.offset - BLOCK} has a size that "
                 "is no number"
             )
         return size
@@ -259,7 +259,7 @@ def header_before(file: PositionalFile, start: int) -> Optional[Member]:
         size = _number(header[124:136])
     except ValueError:
         return None
-    return Member(_path(header), _KINDS.get(header[156:157], "unknown"), start, size)
+    return Member(path_in(header), _KINDS.get(header[156:157], "unknown"), start, size)
 
 
 # --- fields ---------------------------------------------------------------------------------------------------------
@@ -286,7 +286,8 @@ def _text(field: bytes) -> str:
     return field.partition(b"\0")[0].decode("utf-8", "surrogateescape")
 
 
-def _path(header: bytes) -> str:
+def path_in(header: bytes) -> str:
+    """The path in a header of 512 bytes, if no other header before it has the whole of it."""
     path = _text(header[:100])
     # Where POSIX has a prefix, GNU's own format has times.
     prefix = _text(header[345:500]) if header[257:263] == b"ustar\0" else ""
