@@ -27,6 +27,7 @@ _KINDS = {
     b"3": "character device",
     b"4": "block device",
     b"6": "fifo",
+    b"V": "volume label",
     b"S": SPARSE,
 }
 _WITHOUT_DATA = frozenset(_KINDS.values()) - {FILE, SPARSE}

@@ -102,7 +102,7 @@ def test_what_is_no_file_is_named_and_takes_no_bytes(tmp_path):
         + END
     )
     found = members(tmp_path / "x.tar", content)
-    kinds = [DIRECTORY, DIRECTORY, HARD_LINK, "symbolic link", "character device", "fifo", "member of type b'V'", FILE]
+    kinds = [DIRECTORY, DIRECTORY, HARD_LINK, "symbolic link", "character device", "fifo", "volume label", FILE]
     assert [each.kind for each in found] == kinds
     assert found[2].link == "a.jpg"
 
