@@ -85,6 +85,11 @@ def gather_objects(value: Any) -> list:
     return values
 
 
+def broadcast_object(value: Any) -> Any:
+    """The first process's (small, picklable) ``value``, on every process; what the others give is ignored."""
+    return gather_objects(value)[0]
+
+
 def barrier() -> None:
     """Wait until every process is here."""
     if world_size() > 1:

@@ -80,7 +80,7 @@ def _files_in(folder: str, channels: Optional[int]) -> list[str]:
         if not videos:
             raise SourceError(f"{error} (nor videos)") from error
         images = []
-    return sorted(images + videos)
+    return sorted([*images, *videos])
 
 
 def _is_video(path: Union[str, Path]) -> bool:

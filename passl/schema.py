@@ -9,7 +9,7 @@ A schema is one of
 - a type: `int`, `float`, `bool`, `str`, `list`, `dict`, `Optional[int]`, `Literal["a", "b"]`, `Any`, ...
 
 Everything may be left out or null, unless it is wrapped in `Required`. An argument named in `registry.SLOTS`
-holds a component (`transform`: or a list of them).
+holds a component (`transform`: or a list of them); one whose type is a dataclass holds a mapping of its arguments.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import inspect
 import types
 import typing
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from typing import Any, Callable, Optional, Union
 
 from passl.registry import SLOTS, SUPPLIED, Registry, did_you_mean
@@ -185,6 +185,10 @@ class _Checker:
         self.value(value, [schema] if several else Required(schema), path)
 
     def typed(self, value: Any, annotation: Any, path: Path) -> None:
+        section = _dataclass(annotation)
+        if section is not None and value is not None:
+            self.component(value, Component(section), path)
+            return
         if _matches(value, annotation):
             return
         message = f"expected {_describe(annotation)}, got {show(value)}"
@@ -253,6 +257,13 @@ def _items_match(values: list, origin: Any, arguments: tuple) -> bool:
     if origin is tuple and arguments[-1] is not Ellipsis:
         return len(values) == len(arguments) and all(map(_matches, values, arguments))
     return all(_matches(value, arguments[0]) for value in values)
+
+
+def _dataclass(annotation: Any) -> Any:
+    """The dataclass that `annotation` is or allows, whose fields are then the keys of a section."""
+    if typing.get_origin(annotation) in _UNIONS:
+        return next(filter(None, map(_dataclass, typing.get_args(annotation))), None)
+    return annotation if is_dataclass(annotation) else None
 
 
 def _literals(annotation: Any) -> list:

@@ -210,6 +210,21 @@ def test_arguments_in_slots_hold_components(monkeypatch):
     assert problems({"backbone": []}, build) == ["backbone: expected the backbone as {name: ..., arguments}, got []"]
 
 
+def test_a_dataclass_among_arguments_is_a_section():
+    @dataclass
+    class Outer:
+        inner: Optional[Settings] = None
+        width: int = 1
+
+    assert problems({"inner": {"epochs": 3}, "width": 2}, Outer) == problems({"inner": None}, Outer) == []
+    assert problems({"inner": {"epochs": "x", "divice": 1}}, Outer) == [
+        "inner.epochs: expected int, got 'x'",
+        "inner.divice: Settings has no such argument. Did you mean 'device'?",
+    ]
+    assert problems({"inner": {}}, Outer) == ["inner.epochs: Settings needs this argument"]
+    assert problems({"inner": 3}, Outer) == ["inner: expected a mapping of arguments, got 3"]
+
+
 def test_messages_begin_with_the_file_that_set_the_key(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("base.yaml").write_text("Global: {epochs: a}\nOptimizer: {name: AdamW, lr: 1}\n")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Optional
+from typing import Any, Optional, Union
 
 import numpy as np
 
@@ -60,7 +60,7 @@ def _sample_or_replacement(
     dataset: Samples, index: int, rng: np.random.Generator, bad_samples: list[tuple[str, str]]
 ) -> Optional[dict[str, Any]]:
     failures = 0
-    for candidate in _candidates(index, len(dataset), rng):
+    for candidate in _candidates(index, len(dataset) if dataset.pool is None else dataset.pool, rng):
         try:
             return dataset.sample(candidate, rng)
         except UnreadableImageError as error:
@@ -71,9 +71,9 @@ def _sample_or_replacement(
     return None
 
 
-def _candidates(index: int, length: int, rng: np.random.Generator) -> Iterator[int]:
+def _candidates(index: int, pool: Union[int, np.ndarray], rng: np.random.Generator) -> Iterator[int]:
     yield index
-    yield from (int(other) for other in rng.permutation(length) if other != index)
+    yield from (int(other) for other in rng.permutation(pool) if other != index)
 
 
 def collate(samples: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:

@@ -6,12 +6,13 @@ import csv
 import io
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Optional, Union
 
 import numpy as np
 
+from passl.data.file_index import Paths, find_files
 from passl.data.image_io import ImageSource, image_extensions, read_source
 from passl.data.samples import ImageSamples
 from passl.registry import DATASETS, did_you_mean
@@ -30,7 +31,7 @@ class ImageFiles(ImageSamples):
 
     def __init__(
         self,
-        paths: list[str],
+        paths: Sequence[str],
         labels: Optional[Sequence[int]],
         class_names: Sequence[str],
         transform: Optional[Callable[..., Any]],
@@ -38,7 +39,7 @@ class ImageFiles(ImageSamples):
         channels: Optional[int] = None,
     ) -> None:
         super().__init__(labels, class_names, transform, max_bad_samples, channels)
-        self.paths = paths
+        self.paths = paths if isinstance(paths, Paths) else Paths.of(paths)
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -55,7 +56,7 @@ class ImageFolder(ImageFiles):
     """`root/<class>/.../<image>`: each folder in `root` is a class; classes and files are in sorted order.
 
     `root` takes `~`. Files and folders whose names begin with a dot, and files without an image's extension,
-    are ignored. `.npy` is one where `channels` is given.
+    are ignored.
 
     Raises:
         FileNotFoundError: `root` is missing, or has no class folders, or a class has no images.
@@ -70,23 +71,26 @@ class ImageFolder(ImageFiles):
         channels: Optional[int] = None,
     ) -> None:
         root = _existing_folder(root)
-        entries = sorted(os.scandir(root), key=lambda entry: entry.name)
-        stray = [entry.name for entry in entries if _is_image(entry.name, channels) and entry.is_file()]
-        if stray:
+        index = find_files(root, image_extensions(channels))
+        class_of = [folder.split(os.sep)[0] for folder in index.folders]  # "" for root itself
+        counts: dict[str, int] = dict.fromkeys(sorted(set(class_of)), 0)
+        for name, count in zip(class_of, index.counts.tolist()):
+            counts[name] += count
+        if counts.pop(""):
             raise ValueError(
-                f"{root} contains images directly (such as {stray[0]!r}), but ImageFolder needs a folder per "
+                f"{root} contains images directly (such as {index.names[0]!r}), but ImageFolder needs a folder per "
                 "class. For images without class folders use 'name: ImageList' with the same root."
             )
-        class_names = [entry.name for entry in entries if entry.is_dir() and not _hidden(entry.name)]
-        if not class_names:
+        if not counts:
             raise FileNotFoundError(f"{root} contains no class folders")
-        files_of_class = [list(_image_files(os.path.join(root, name), channels)) for name in class_names]
-        empty = [name for name, files in zip(class_names, files_of_class) if not files]
+        empty = [name for name, count in counts.items() if not count]
         if empty:
             raise FileNotFoundError(f"{root}: no images in the class folder(s) {_shortened(empty)}")
+        class_names = list(counts)
         super().__init__(
-            paths=[path for files in files_of_class for path in files],
-            labels=np.repeat(np.arange(len(class_names)), [len(files) for files in files_of_class]),
+            # Class by class: "a b" comes between "a" and "a/x" in the index.
+            paths=index.paths(sorted(range(len(class_of)), key=class_of.__getitem__)),
+            labels=np.repeat(np.arange(len(class_names)), list(counts.values())),
             class_names=class_names,
             transform=transform,
             max_bad_samples=max_bad_samples,
@@ -126,7 +130,7 @@ class ImageList(ImageFiles):
         if root is not None:
             root = _existing_folder(root)
         if list_file is None:
-            paths, names = list(_image_files(root, channels)), None
+            paths, names = find_files(root, image_extensions(channels)).paths(), None
             if not paths:
                 raise FileNotFoundError(f"{root} contains no images, nor do its sub-folders")
         else:
@@ -140,33 +144,11 @@ class ImageList(ImageFiles):
 # --- folders ---
 
 
-def _hidden(name: str) -> bool:
-    return name.startswith(".")
-
-
-def _is_image(name: str, channels: Optional[int]) -> bool:
-    return os.path.splitext(name)[1].lower() in image_extensions(channels) and not _hidden(name)
-
-
 def _existing_folder(root: PathLike) -> str:
     root = os.path.expanduser(os.fspath(root))
     if not os.path.isdir(root):
         raise FileNotFoundError(f"there is no folder {root}")
     return root
-
-
-def _image_files(folder: str, channels: Optional[int]) -> Iterator[str]:
-    """All images under `folder` in the official order: sorted by folder, then by name."""
-    found = []
-    for parent, folders, names in os.walk(folder, followlinks=True, onerror=_raise):
-        folders[:] = [name for name in folders if not _hidden(name)]
-        found.append((parent, names))
-    for parent, names in sorted(found):
-        yield from (os.path.join(parent, name) for name in sorted(names) if _is_image(name, channels))
-
-
-def _raise(error: OSError) -> None:
-    raise error  # os.walk would skip a folder that it may not read.
 
 
 def _shortened(items: Sequence[str]) -> str:

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import io
 import os
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Optional, Union
@@ -102,13 +103,20 @@ class ImageSource:
 
 
 def read_source(path: Union[str, os.PathLike], channels: Optional[int] = None) -> ImageSource:
-    """The bytes of the file `path`. Raises UnreadableImageError when it is missing or cannot be read."""
+    """The bytes of the file `path`. Raises UnreadableImageError when it is missing, no file, or cannot be read."""
     path = os.fspath(path)
     try:
-        with open(path, "rb") as file:
+        with open(path, "rb", opener=_open_at_once) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise UnreadableImageError(path, "not a regular file")
             return ImageSource(path, file.read(), channels)
     except OSError as error:
         raise UnreadableImageError(path, reason_of(error)) from error
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    # A pipe that nobody writes to would be waited for, for ever.
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 def read_rgb(path: Union[str, os.PathLike]) -> Image.Image:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Optional
@@ -18,6 +19,8 @@ from passl.data.batches import LoadedBatch, load_batch
 from passl.data.samples import Samples
 
 logger = logging.getLogger("passl")
+
+_SUBSET = 0x70637400  # beside the seed, where the order of an epoch has the epoch: no epoch is as large
 
 
 class BadSamplesError(RuntimeError):
@@ -46,6 +49,12 @@ class EpochSampler:
         seed: of the order; the order of epoch e is `default_rng([seed, e]).permutation(length)`.
         shuffle: False keeps the data set's order.
         drop_last: leave out the samples of an epoch that do not fill a global batch.
+        pct: use this share of the samples, more than 0 and at most 1 (None): the same `pct * length` of them (rounded
+            down) in all epochs and processes, drawn from the seed; a smaller share's are among a larger share's. The
+            order then permutes these.
+
+    Attributes:
+        subset: sorted indices of the samples used, None for all.
 
     Raises:
         ValueError: an argument is out of range, or no batch can be filled.
@@ -60,19 +69,27 @@ class EpochSampler:
         world_size: int = 1,
         shuffle: bool = True,
         drop_last: bool = True,
+        pct: Optional[float] = None,
     ) -> None:
         if batch_size < 1 or seed < 0:
             raise ValueError(f"batch_size ({batch_size}) must be at least 1 and seed ({seed}) at least 0")
         if not 0 <= rank < world_size:
             raise ValueError(f"rank ({rank}) must be at least 0 and less than world_size ({world_size})")
+        if pct is not None and not 0 < pct <= 1:  # also NaN
+            raise ValueError(f"pct ({pct}) must be more than 0 and at most 1, a share of the samples")
+        self.subset = None if pct in (None, 1) else _share_of(length, pct, seed)
+        count = length if self.subset is None else len(self.subset)
         self.global_batch_size = batch_size * world_size
-        self.steps_per_epoch = length // self.global_batch_size if drop_last else -(-length // self.global_batch_size)
+        self.steps_per_epoch = count // self.global_batch_size if drop_last else -(-count // self.global_batch_size)
         if self.steps_per_epoch == 0:
+            share, remedy = (f" (pct {pct} of {length})", "raise pct, ") if self.subset is not None else ("", "")
             raise ValueError(
-                f"{length} samples do not fill one global batch of {batch_size} x {world_size} process(es): "
-                "lower batch_size or set drop_last: false"
+                f"{count} samples{share} do not fill one global batch of {batch_size} x {world_size} process(es): "
+                f"{remedy}lower batch_size{'' if count == 0 else ' or set drop_last: false'}"
             )
         self.length = length
+        self.num_samples = count
+        self.pct = 1.0 if pct is None else float(pct)
         self.batch_size = batch_size
         self.seed = seed
         self.rank = rank
@@ -94,13 +111,20 @@ class EpochSampler:
 
     def _order(self, epoch: int) -> np.ndarray:
         if self.shuffle:
-            return np.random.default_rng([self.seed, epoch]).permutation(self.length)
-        return np.arange(self.length)
+            order = np.random.default_rng([self.seed, epoch]).permutation(self.num_samples)
+        else:
+            order = np.arange(self.num_samples)
+        return order if self.subset is None else self.subset[order]
 
     def _share(self, order: np.ndarray, position: int) -> np.ndarray:
         global_batch = order[position * self.global_batch_size : (position + 1) * self.global_batch_size]
         padded_size = -(-len(global_batch) // self.world_size) * self.world_size
         return np.resize(global_batch, padded_size)[self.rank :: self.world_size]
+
+
+def _share_of(length: int, pct: float, seed: int) -> np.ndarray:
+    count = math.floor(round(pct * length, 6))  # 0.29 * 100 is a little below 29
+    return np.sort(np.random.default_rng([seed, _SUBSET]).permutation(length)[:count])
 
 
 class Loader:

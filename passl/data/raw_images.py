@@ -24,7 +24,6 @@ _JPEG_MAGIC = b"\xff\xd8\xff"
 _FULL_SCALE = {np.dtype(np.uint8): 255.0, np.dtype(np.uint16): 65535.0}
 _ORIENTATION = 0x0112
 _BITS_PER_SAMPLE = 258
-_MAX_NPY_HEADER = 10_000
 _MAX_COMPRESSION = 1100  # what deflate reaches, and a bit
 
 
@@ -161,7 +160,7 @@ def _read_npy(name: str, data: bytes) -> np.ndarray:
     }.get(version)
     if read_header is None:
         raise UnreadableImageError(name, f"a .npy of version {version}, which images never need: save it again")
-    shape, is_fortran, dtype = read_header(file, max_header_size=_MAX_NPY_HEADER)
+    shape, is_fortran, dtype = read_header(file)
     if dtype.hasobject or dtype.kind not in "uif":
         raise UnreadableImageError(
             name, f"holds values of type {dtype}: save them as uint8, uint16, float16, float32 or float64"

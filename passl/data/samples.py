@@ -18,7 +18,10 @@ class Samples:
         labels: int64 array [len(self)], or None.
         class_names: the class of label i is `class_names[i]`; empty without labels, or where they are only numbers.
         max_bad_samples: how many different unreadable samples a `Loader` replaces before it gives up.
+        pool: indices of the samples that may replace them, where only a share of the data is used; None: all.
     """
+
+    pool: Optional[np.ndarray] = None
 
     def __init__(self, labels: Optional[Sequence[int]], class_names: Sequence[str], max_bad_samples: int) -> None:
         if max_bad_samples < 0:

@@ -14,10 +14,12 @@ from passl.data.loader import EpochSampler, Loader
 from passl.data.samples import Samples
 from passl.data.transforms import Compose
 from passl.engine import data_section
+from passl.engine.early_stopping import EarlyStopping
 from passl.engine.optim import Optimizer
 from passl.engine.precision import GradScalerSettings, Precision
 from passl.engine.settings import MODELS, GlobalSettings, LoaderSettings, SamplerSettings
 from passl.evaluators import Classification, Evaluator
+from passl.evaluators.evaluator import backbones_of
 from passl.models.method import Method
 from passl.registry import DATASETS, EVALUATORS, OPTIMIZERS, SCHEDULES, SLOTS, Registry
 from passl.schedules import Schedule, Timeline
@@ -57,7 +59,13 @@ def _argument(key: str, value: Any, where: str) -> Any:
 
 
 def global_settings(config: Config) -> GlobalSettings:
-    return GlobalSettings(**(config.get("Global") or {}))
+    section = dict(config.get("Global") or {})
+    if section.get("early_stopping") is not None:
+        try:
+            section["early_stopping"] = EarlyStopping(**section["early_stopping"])
+        except ValueError as error:
+            raise ConfigError([f"Global.early_stopping: {error}"]) from error
+    return GlobalSettings(**section)
 
 
 def model(config: Config) -> nn.Layer:
@@ -90,9 +98,11 @@ def train_loader(config: Config, seed: int) -> Loader:
             world_size=distributed.world_size(),
             shuffle=sampling.shuffle,
             drop_last=sampling.drop_last,
+            pct=sampling.pct,
         )
     except ValueError as error:
         raise ConfigError([f"DataLoader.Train.sampler: {error}"]) from error
+    dataset.pool = sampler.subset
     try:
         return Loader(dataset, sampler, loading.num_workers, seed, use_shared_memory=loading.use_shared_memory)
     except ValueError as error:
@@ -132,6 +142,8 @@ def evaluators(config: Config, subject: nn.Layer) -> list[Evaluator]:
     found: dict[str, Evaluator] = {}
     section: Optional[Mapping] = (config.get("DataLoader") or {}).get("Eval")
     if section is not None:
+        if section["sampler"].get("pct") is not None:
+            raise ConfigError(["DataLoader.Eval.sampler.pct: only DataLoader.Train takes a share of the data"])
         dataset = component(section["dataset"], DATASETS, "DataLoader.Eval.dataset")
         loading = LoaderSettings(**(section.get("loader") or {}))
         try:
@@ -141,13 +153,24 @@ def evaluators(config: Config, subject: nn.Layer) -> list[Evaluator]:
     for number, spec in enumerate(config.get("Evaluators") or []):
         found[f"Evaluators.{number}"] = component(spec, EVALUATORS, f"Evaluators.{number}")
     problems = [
-        f"{where}: {type(evaluator).__name__} measures predicted classes, and {type(subject).__name__} has none"
-        for where, evaluator in found.items()
-        if evaluator.subject == "method" and not hasattr(subject, "predict")
+        f"{where}: {problem}" for where, evaluator in found.items() for problem in _unmeasurable(evaluator, subject)
     ]
     if problems:
         raise ConfigError(problems)
     return list(found.values())
+
+
+def _unmeasurable(evaluator: Evaluator, subject: nn.Layer) -> list[str]:
+    name, kind = type(evaluator).__name__, type(subject).__name__
+    if evaluator.subject == "method" and not hasattr(subject, "predict"):
+        return [f"{name} measures predicted classes, and {kind} has none"]
+    missing = [model for model in evaluator.models if model not in backbones_of(subject)]
+    if evaluator.subject != "backbones" or not missing:
+        return []
+    hint = "remove it from models"
+    if not isinstance(subject, Method):
+        hint += "; -o Global.checkpoint_key=student loads the student's weights of a run into it"
+    return [f"{name} measures the {' and the '.join(missing)}, and {kind} has none: {hint}"]
 
 
 def check_labels(model: nn.Layer, train: Optional[Samples], evaluators: Sequence[Evaluator]) -> None:

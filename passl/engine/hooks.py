@@ -1,13 +1,10 @@
-"""What happens around the steps: logging, evaluation, saving."""
+"""What happens around the steps: logging and saving (evaluation: see evaluation.py)."""
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import resource
 import sys
-import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Optional
 
@@ -19,7 +16,6 @@ from passl import distributed
 from passl.checkpoint import CheckpointStore
 from passl.data.loader import Loader
 from passl.engine.trainer import Trainer
-from passl.evaluators.evaluator import Evaluator, evaluate
 from passl.log import Average, MetricsFile, duration
 
 logger = logging.getLogger("passl")
@@ -139,63 +135,6 @@ class LogHook:
         means = ", ".join(f"{name}: {average.mean:.5f}" for name, average in self._epoch.items())
         logger.info("[Train][Epoch %d/%d][Avg] %s", trainer.epoch + 1, trainer.epochs, means)
         self._epoch = {}
-
-
-class EvaluationHook:
-    """Runs evaluators every ``interval`` steps and at the end; the first one's key metric decides which checkpoint is
-    best.
-    """
-
-    def __init__(
-        self, evaluators: Sequence[Evaluator], interval: int, log: LogHook, checkpoints: CheckpointHook, folder: Path
-    ) -> None:
-        self.evaluators = list(evaluators)
-        self.interval = interval
-        self.log = log
-        self.checkpoints = checkpoints
-        self.folder = folder
-
-    def before_train(self, trainer: Trainer) -> None:
-        trainer.progress.setdefault("best_metric", None)
-
-    def after_step(self, trainer: Trainer) -> None:
-        trainer.progress["is_best"] = False
-        if trainer.step % self.interval and trainer.step != trainer.stop_step:
-            return
-        trainer.check_finite()
-        started = time.perf_counter()
-        try:
-            results = self._evaluate(trainer)
-        except Exception:
-            self.checkpoints.save(trainer, is_best=False)  # what was trained up to here is not lost with the run
-            raise
-        epoch = trainer.epoch + 1
-        shown = ", ".join(f"{name}: {value:.5f}" for name, value in results.items())
-        logger.info("[Eval][Epoch %d][Avg] %s, time: %.1f s", epoch, shown, time.perf_counter() - started)
-        key = self.evaluators[0].key_metric
-        best = trainer.progress["best_metric"]
-        if best is None or best != best or results[key] > best:  # NaN is not equal to itself
-            trainer.progress.update(best_metric=results[key], best_epoch=epoch, is_best=True)
-        logger.info(
-            "[Eval][Epoch %d][best metric: %.5f] (%s, epoch %d)",
-            epoch,
-            trainer.progress["best_metric"],
-            key,
-            trainer.progress["best_epoch"],
-        )
-        self.log.record(trainer.step, {"epoch": epoch, **results}, "eval")
-
-    def _evaluate(self, trainer: Trainer) -> dict[str, float]:
-        results: dict[str, float] = {}
-        for evaluator in self.evaluators:
-            # Weights that were cast to half precision need inputs that are cast too.
-            with trainer.precision.autocast() if trainer.precision.level == "O2" else contextlib.nullcontext():
-                results.update(evaluate(evaluator, trainer.method, self.folder))
-        trainer.method.train()
-        return results
-
-    def after_train(self, trainer: Trainer) -> None:
-        """Nothing: the last step was evaluated."""
 
 
 class CheckpointHook:

@@ -12,14 +12,18 @@ import paddle
 from passl import checkpoint, distributed, log
 from passl.checkpoint import CheckpointError, CheckpointStore
 from passl.config import Config, ConfigError, check, to_yaml
+from passl.data import file_index
 from passl.engine import build, data_section, start
-from passl.engine.hooks import CheckpointHook, EvaluationHook, LogHook
+from passl.engine.early_stopping import deciding_evaluator
+from passl.engine.evaluation import EarlyStoppingHook, EvaluationHook, Measuring
+from passl.engine.hooks import CheckpointHook, LogHook
 from passl.engine.passl_config import translate
 from passl.engine.plugins import load_plugins
 from passl.engine.settings import GlobalSettings, schema
 from passl.engine.trainer import Hook, Trainer
 from passl.evaluators import Evaluator, evaluate
 from passl.models import cpu
+from passl.models.method import Method
 from passl.schedules import Timeline
 
 logger = logging.getLogger("passl")
@@ -46,6 +50,7 @@ def checked(config: Config, training: bool) -> Config:
 def train(config: Config, source: Config) -> Trainer:
     """Run a checked configuration to its end; ``source`` is what the user gave and is saved beside the results."""
     settings = build.global_settings(config)
+    file_index.keep_in(_index_folder(settings))
     for key, lowest in (("epochs", 1), ("accum_steps", 1), ("max_train_step", 1), ("seed", 0)):
         value = getattr(settings, key)
         if value is not None and value < lowest:
@@ -83,8 +88,9 @@ def _prepare(
         "config": to_yaml(source),
         "world_size": distributed.world_size(),
         "length": len(loader.dataset),
+        "pct": loader.sampler.pct,
     }
-    hooks = _hooks(settings, line, evaluators, store, description)
+    hooks = _hooks(settings, line, method, evaluators, store, description)
     schedules = build.schedules(config, line)
     resumed = start.resume_prefix(settings, store)
     states = None
@@ -120,6 +126,7 @@ def _prepare(
 def _hooks(
     settings: GlobalSettings,
     line: Timeline,
+    method: Method,
     evaluators: list[Evaluator],
     store: CheckpointStore,
     description: dict[str, Any],
@@ -128,19 +135,34 @@ def _hooks(
     log_hook = LogHook(store.folder, settings.print_batch_step, settings.use_visualdl)
     save_interval = _steps(line, settings.save_interval, "epoch", "Global.save_interval")
     checkpoints = CheckpointHook(store, save_interval, description)
-    if not evaluators:
-        return [log_hook, checkpoints]
-    interval = _steps(line, settings.eval_interval, settings.eval_unit, "Global.eval_interval")
-    return [log_hook, EvaluationHook(evaluators, interval, log_hook, checkpoints, store.folder), checkpoints]
+    hooks: list[Hook] = [log_hook]
+    rule = settings.early_stopping
+    if rule is not None:
+        if not settings.eval_during_train:
+            raise ConfigError(["Global.early_stopping: it needs evaluation: set Global.eval_during_train: true"])
+        deciding = deciding_evaluator(evaluators, method)
+        evaluators = [evaluator for evaluator in evaluators if evaluator is not deciding]
+        hooks.append(EarlyStoppingHook(rule, Measuring([deciding], log_hook, checkpoints, store.folder)))
+    if evaluators:
+        interval = _steps(line, settings.eval_interval, settings.eval_unit, "Global.eval_interval")
+        measuring = Measuring(evaluators, log_hook, checkpoints, store.folder)
+        hooks.append(EvaluationHook(measuring, interval, decides_best=rule is None))
+    return [*hooks, checkpoints]
 
 
 def _folder(config: Config, settings: GlobalSettings) -> Path:
     return Path(settings.output_dir).expanduser() / (settings.name or config["Model"]["name"])
 
 
+def _index_folder(settings: GlobalSettings) -> Path:
+    # Beside the runs: a new one of the same name moves an old one aside.
+    return Path(settings.output_dir).expanduser() / "file_index"
+
+
 def evaluate_config(config: Config, source: Config) -> dict[str, float]:
     """Run the evaluators of a checked configuration on its model; writes and returns their numbers."""
     settings = build.global_settings(config)
+    file_index.keep_in(_index_folder(settings))
     set_up(settings)
     folder = _folder(config, settings)
     log.setup(folder / "eval.log" if distributed.is_main() else None, quiet=not distributed.is_main())
@@ -154,6 +176,12 @@ def evaluate_config(config: Config, source: Config) -> dict[str, float]:
     build.check_labels(model, None, found)
     results: dict[str, float] = {}
     for evaluator in found:
+        if evaluator.subject == "backbones" and "student" in evaluator.models and not is_whole:
+            raise CheckpointError(
+                f"{settings.pretrained_model} (checkpoint_key {settings.checkpoint_key}) gives one backbone, not "
+                f"teacher and student: {type(evaluator).__name__} would compare equals. Give a whole run (its latest "
+                "or best) and checkpoint_key teacher, or remove student from models"
+            )
         if evaluator.subject == "method" and not is_whole:
             raise CheckpointError(
                 f"{settings.pretrained_model} has no weights for all of {type(model).__name__}, only a backbone: its "
@@ -250,3 +278,6 @@ def _announce(trainer: Trainer, folder: Path) -> None:
         type(method).__name__, trainable / 1e6, line.global_batch_size, distributed.world_size(),
         line.steps_per_epoch, trainer.step, trainer.stop_step, paddle.get_device(), folder,
     )  # fmt: skip
+    sampler = trainer.loader.sampler
+    if sampler.subset is not None:
+        logger.info("training on %d of %d samples (pct %g)", sampler.num_samples, sampler.length, sampler.pct)

@@ -9,6 +9,7 @@ import passl.data
 import passl.evaluators
 import passl.models  # noqa: F401  (these imports fill the registries)
 from passl.config import Component, Required
+from passl.engine.early_stopping import EarlyStopping
 from passl.engine.precision import DTYPES, LEVELS, GradScalerSettings
 from passl.registry import BACKBONES, DATASETS, EVALUATORS, METHODS, OPTIMIZERS, SCHEDULES, Registry
 
@@ -35,6 +36,7 @@ class GlobalSettings:
     eval_during_train: bool = True
     eval_interval: Union[int, float, str] = 1
     eval_unit: Literal["epoch", "step"] = "epoch"  # of a bare number in eval_interval
+    early_stopping: Optional[EarlyStopping] = None  # by k-NN of teacher and student
     print_batch_step: int = 10
     use_visualdl: bool = True
     flags: dict[str, Any] = field(default_factory=dict)  # paddle.set_flags
@@ -56,11 +58,14 @@ class DataSettings:
 
 @dataclass
 class SamplerSettings:
-    """``DataLoader.*.sampler``; ``batch_size`` counts images per process and optimizer step."""
+    """``DataLoader.*.sampler``; ``batch_size`` counts images per process and optimizer step; ``pct``, of Train only, is
+    the share of the data to train on.
+    """
 
     batch_size: int
     shuffle: bool = True
     drop_last: bool = True
+    pct: Optional[float] = None
 
 
 @dataclass

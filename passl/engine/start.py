@@ -43,19 +43,20 @@ def load_given(settings: GlobalSettings, model: nn.Layer, doing: str) -> bool:
     return True
 
 
-def identity_of(loader: Loader, line: Timeline, seed: int) -> dict[str, int]:
+def identity_of(loader: Loader, line: Timeline, seed: int) -> dict[str, float]:
     """What must be the same for a run to be the same: with another value its batches are others."""
     return {
         "steps_per_epoch": line.steps_per_epoch,
         "global_batch_size": line.global_batch_size,
         "length": len(loader.dataset),
+        "pct": loader.sampler.pct,
         "seed": seed,
     }
 
 
-def resume(prefix: Path, method: Method, optimizer: Optimizer, identity: Mapping[str, int]) -> dict[str, Any]:
+def resume(prefix: Path, method: Method, optimizer: Optimizer, identity: Mapping[str, float]) -> dict[str, Any]:
     """Method and optimizer as they were saved under ``prefix``; returns the states saved with them."""
-    states = checkpoint.read_states(prefix)
+    states = {"pct": 1.0, **checkpoint.read_states(prefix)}  # passl once had no shares
     if states.get("converted"):
         states = _at_epoch_start(prefix, states, identity)
     unknown = [key for key in (*identity, "epoch", "scaler", "progress", "config") if key not in states]
@@ -65,8 +66,8 @@ def resume(prefix: Path, method: Method, optimizer: Optimizer, identity: Mapping
         if states[key] != value:
             raise CheckpointError(
                 f"{prefix}: saved with {key} {states[key]}, this run has {value}: it would not be the same run. "
-                "Use the same data, batch, processes and seed, or start anew with -o Global.pretrained_model="
-                f"{prefix} and -o Global.checkpoint=null"
+                "Use the same data, share of it (pct), batch, processes and seed, or start anew with "
+                f"-o Global.pretrained_model={prefix} and -o Global.checkpoint=null"
             )
     checkpoint.load_weights(method, checkpoint.read_weights(prefix), f"{prefix}{checkpoint.PARAMS}")
     optimizer.load_state_dict(checkpoint.read(checkpoint.with_suffix(prefix, checkpoint.OPTIMIZER)))
@@ -74,7 +75,7 @@ def resume(prefix: Path, method: Method, optimizer: Optimizer, identity: Mapping
     return states
 
 
-def _at_epoch_start(prefix: Path, states: Mapping[str, Any], identity: Mapping[str, int]) -> dict[str, Any]:
+def _at_epoch_start(prefix: Path, states: Mapping[str, Any], identity: Mapping[str, float]) -> dict[str, Any]:
     """The states of an official run, which counts epochs and keeps neither its data nor its seed, as of this run."""
     step = states["epoch"] * identity["steps_per_epoch"]
     if states["step"] not in (0, step):  # 0: its optimizer counts no steps

@@ -102,7 +102,7 @@ class Trainer:
         return self.step > 0 and self.step % self.timeline.steps_per_epoch == 0
 
     def fit(self) -> None:
-        """Train from ``self.step`` to the end.
+        """Train from ``self.step`` to the end, or until a hook calls :meth:`stop`.
 
         Raises:
             NonFiniteLossError: the loss is not finite.
@@ -117,11 +117,17 @@ class Trainer:
             self.batch_seconds = time.perf_counter() - started
             for hook in self.hooks:
                 hook.after_step(self)
+            if self.step >= self.stop_step:  # a hook may have said so
+                break
             # Evaluation and saving in hooks are not part of the next batch's time.
             started = time.perf_counter()
         self.check_finite()
         for hook in self.hooks:
             hook.after_train(self)
+
+    def stop(self) -> None:
+        """End the run with the step that was done last, as if it had been planned so; all processes must call this."""
+        self.stop_step = self.step
 
     def train_step(self, batch: Batch) -> None:
         """One optimizer step on ``batch``; every array holds V views of the B samples, view-major: [V*B, ...]."""

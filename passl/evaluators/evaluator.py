@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Callable
 
@@ -13,22 +13,31 @@ from tqdm import tqdm
 
 from passl import distributed
 from passl.data.loader import EpochSampler, Loader
+from passl.models.method import Method
 
 
 class Evaluator:
     """Reads a frozen model and returns numbers; nothing in it has a gradient.
 
     Attributes:
-        subject: which part of a method is measured: "backbone" or "method".
+        subject: which part of a method :meth:`run` is given: its "backbone", or the whole "method", or that for its
+            "backbones" named in ``models``.
+        models: which of a method's backbones are measured.
         key_metric: the number of :meth:`run`'s result that decides which checkpoint is best (higher is better).
     """
 
     subject = "backbone"
+    models: Sequence[str] = ("teacher",)
     key_metric = ""
 
     def run(self, model: nn.Layer, output_dir: Path) -> dict[str, float]:
         """Measure ``model`` (in eval mode by now); files, if any, go to ``output_dir``."""
         raise NotImplementedError
+
+
+def backbones_of(model: nn.Layer) -> dict[str, nn.Layer]:
+    """The backbones of a method by name; a layer that is no method is its own, as "teacher"."""
+    return model.backbones() if isinstance(model, Method) else {"teacher": getattr(model, "backbone", model)}
 
 
 def evaluate(evaluator: Evaluator, method: nn.Layer, output_dir: Path) -> dict[str, float]:

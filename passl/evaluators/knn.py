@@ -7,20 +7,21 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import paddle
 from paddle import nn
 
 from passl.evaluators.classification import check_batches, count_hits
-from passl.evaluators.evaluator import Evaluator, map_dataset
+from passl.evaluators.evaluator import Evaluator, backbones_of, map_dataset
 from passl.registry import EVALUATORS
 
 logger = logging.getLogger("passl")
 
 _CHUNK_ELEMENTS = 1 << 25  # numbers held at a time: 128 MB of float32
 _MAX_CLASSES = 1 << 20
+_PREFIXES = {"teacher": "", "student": "student_"}  # of the names of results
 
 
 @EVALUATORS.register()
@@ -31,7 +32,11 @@ class KNN(Evaluator):
         train_dataset, val_dataset: labelled images, with the validation transform on both.
         k: neighbours; a k above the number of training images uses them all.
         temperature: of the votes ``exp(similarity / temperature)``.
+        models: whose features: the teacher's (or those of the only backbone), named ``knn_top1_k20`` and so on, and the
+            student's, ``student_knn_top1_k20``. Each image is loaded once for both.
     """
+
+    subject = "backbones"
 
     def __init__(
         self,
@@ -41,6 +46,7 @@ class KNN(Evaluator):
         temperature: float = 0.07,
         batch_size: int = 64,
         num_workers: int = 0,
+        models: Sequence[Literal["teacher", "student"]] = ("teacher",),
     ) -> None:
         for name, dataset in (("train_dataset", train_dataset), ("val_dataset", val_dataset)):
             if dataset.labels is None:
@@ -51,6 +57,7 @@ class KNN(Evaluator):
             if unlabelled:
                 raise ValueError(f"KNN needs labels from 0, and {unlabelled} of {name} are below")
         _check(k, temperature)
+        _check_models(models)
         check_batches(batch_size, num_workers)
         _check_classes(train_dataset, val_dataset)
         self.train_dataset = train_dataset
@@ -59,25 +66,44 @@ class KNN(Evaluator):
         self.temperature = temperature
         self.batch_size = batch_size
         self.num_workers = num_workers
-        self.key_metric = f"knn_top1_k{20 if 20 in self.k else self.k[0]}"
+        self.models = tuple(dict.fromkeys(models))
+        first = "teacher" if "teacher" in models else self.models[0]
+        self.key_metric = f"{_PREFIXES[first]}knn_top1_k{20 if 20 in self.k else self.k[0]}"
 
     def run(self, model: nn.Layer, output_dir: Path) -> dict[str, float]:
-        train, train_labels = self._features(model, self.train_dataset, "k-NN: train features")
-        val, val_labels = self._features(model, self.val_dataset, "k-NN: val features")
-        if max(self.k) > len(train):
-            logger.warning("k-NN: only %d training images: a larger k uses them all", len(train))
+        named = backbones_of(model)
+        backbones = [named[name] for name in self.models]
+        train, train_labels = self._features(backbones, self.train_dataset, "k-NN: train features")
+        val, val_labels = self._features(backbones, self.val_dataset, "k-NN: val features")
+        if max(self.k) > len(train_labels):
+            logger.warning("k-NN: only %d training images: a larger k uses them all", len(train_labels))
         train_labels, val_labels = _renumbered(train_labels, val_labels)
+        results: dict[str, float] = {}
+        for name, train_rows, val_rows in zip(self.models, train, val):
+            # One model's copy at a time: votes need rows that are whole in memory.
+            arrays = np.ascontiguousarray(train_rows), np.ascontiguousarray(val_rows)
+            rates = self._rates(arrays[0], train_labels, arrays[1], val_labels)
+            results.update({_PREFIXES[name] + key: rate for key, rate in rates.items()})
+        return results
+
+    def _rates(
+        self, train: np.ndarray, train_labels: np.ndarray, val: np.ndarray, val_labels: np.ndarray
+    ) -> dict[str, float]:
         hits = {f"knn_top{top}_k{k}": 0 for k in self.k for top in (1, 5)}
         for k, start, votes in knn_votes(train, train_labels, val, self.k, self.temperature):
             for top in (1, 5):
                 hits[f"knn_top{top}_k{k}"] += count_hits(votes, val_labels[start : start + len(votes)], top)
         return {name: 100.0 * (count / len(val)) for name, count in hits.items()}
 
-    def _features(self, model: nn.Layer, dataset: Any, title: str) -> tuple[np.ndarray, np.ndarray]:
-        def features(images: paddle.Tensor) -> paddle.Tensor:
-            return normalize(model(images).astype("float32"))
+    def _features(self, backbones: Sequence[nn.Layer], dataset: Any, title: str) -> tuple[list[np.ndarray], np.ndarray]:
+        """Those of each of ``backbones``, of rows of length 1, and the labels."""
 
-        return map_dataset(features, dataset, self.batch_size, self.num_workers, title)
+        def features(images: paddle.Tensor) -> paddle.Tensor:
+            rows = [normalize(backbone(images).astype("float32")) for backbone in backbones]
+            return rows[0] if len(rows) == 1 else paddle.concat(rows, axis=1)
+
+        rows, labels = map_dataset(features, dataset, self.batch_size, self.num_workers, title)
+        return np.split(rows, len(backbones), axis=1), labels
 
 
 def normalize(features: paddle.Tensor) -> paddle.Tensor:
@@ -155,6 +181,11 @@ def _renumbered(train_labels: np.ndarray, val_labels: np.ndarray) -> tuple[np.nd
     classes, renumbered = np.unique(train_labels, return_inverse=True)
     places = np.searchsorted(classes, val_labels).clip(max=len(classes) - 1)
     return renumbered, np.where(classes[places] == val_labels, places, -1)
+
+
+def _check_models(models: Sequence[str]) -> None:
+    if not models or set(models) - set(_PREFIXES):
+        raise ValueError(f"models ({list(models)}) must be one or more of {', '.join(_PREFIXES)}")
 
 
 def _check(k: Sequence[int], temperature: float) -> None:

@@ -44,6 +44,10 @@ class Method(nn.Layer):
         """The backbones that start from `Global.pretrained_model`."""
         return [self.backbone]
 
+    def backbones(self) -> dict[str, nn.Layer]:
+        """What can be evaluated side by side: `backbone` as "teacher" and, where there is one, the "student"'s."""
+        return {"teacher": self.backbone}
+
     def half_precision_layers(self) -> list[nn.Layer]:
         """What is cast to half precision at level O2; the rest keeps float32 weights."""
         return [self]

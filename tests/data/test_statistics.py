@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tarfile
+
 import numpy as np
 import pytest
 import tifffile
@@ -125,6 +127,18 @@ def test_a_share_of_the_images_and_lists(folder, tmp_path, capsys):
     assert "5 images, drawn from 20 with seed 1" in printed[0]
     assert printed[0] == printed[1]
     assert printed[0].splitlines()[3:] != printed[2].splitlines()[3:]
+
+
+def test_tarballs(folder, tmp_path, capsys):
+    with tarfile.open(tmp_path / "pretrain_dataset.tar", "w") as tarball:
+        tarball.add(folder / "4", "images")
+    index = ["--tarball_path", str(tmp_path / "pretrain_dataset.tar"), "--output_root", str(tmp_path)]
+    data_main(["tar-index", *index, "--prefix", "pretrain"])
+    for source in (tmp_path, tmp_path / "pretrain_dataset.tar"):
+        data_main(["stats", str(source), "--num-workers", "2", "--out", str(tmp_path / "stats.yaml")])
+        np.testing.assert_allclose(
+            load(tmp_path / "stats.yaml")["Data"]["mean"], numbers(folder, 4).mean(0), rtol=1e-12
+        )
 
 
 @pytest.mark.parametrize(

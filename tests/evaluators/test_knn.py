@@ -10,10 +10,13 @@ import pytest
 from PIL import Image
 
 from passl.data.datasets import ImageList
+from passl.data.samples import Samples
 from passl.data.transforms import ToTensor
-from passl.evaluators import KNN, Classification, knn_classify
+from passl.evaluators import KNN, Classification, evaluate, knn_classify
 from passl.evaluators import knn as knn_module
 from passl.evaluators.classification import accuracy
+from passl.evaluators.knn import normalize
+from passl.models import Method
 
 
 def cases(recorded):
@@ -136,6 +139,48 @@ def test_rates_are_those_of_all_votes_at_once(monkeypatch):
             assert found[f"knn_top{top}_k{k}"] == pytest.approx(accuracy(votes, val_labels, top), rel=1e-12)
 
 
+class Pair(Method):
+    """Teacher and student that see one half of the columns each."""
+
+    def backbones(self):
+        return {"teacher": lambda rows: rows[:, :8], "student": lambda rows: rows[:, 8:]}
+
+
+class Rows(Samples):
+    def __init__(self, features, labels):
+        super().__init__(labels, [], 0)
+        self.features = features
+        self.loaded = 0
+
+    def __len__(self):
+        return len(self.features)
+
+    def content(self, index, rng):
+        self.loaded += 1
+        return {"image": self.features[index]}
+
+
+def test_teacher_and_student_are_measured_on_one_pass(tmp_path):
+    rng = np.random.default_rng(0)
+    train, val = (rng.standard_normal((count, 16)).astype(np.float32) for count in (60, 31))
+    labels = rng.integers(0, 4, 60), rng.integers(0, 4, 31)
+    datasets = [Rows(features, label) for features, label in zip((train, val), labels)]
+    pair = Pair()
+    evaluator = KNN(*datasets, k=[5, 20], models=["student", "teacher"], batch_size=7)
+    assert evaluator.key_metric == "knn_top1_k20"
+    found = evaluate(evaluator, pair, tmp_path)
+    assert [dataset.loaded for dataset in datasets] == [60, 31]
+    for prefix, columns in (("", np.s_[:8]), ("student_", np.s_[8:])):
+        one, other = (normalize(paddle.to_tensor(rows[:, columns])).numpy() for rows in (train, val))
+        for k, votes in knn_classify(one, labels[0], other, k=[5, 20]).items():
+            for top in (1, 5):
+                assert found.pop(f"{prefix}knn_top{top}_k{k}") == accuracy(votes, labels[1], top)
+    assert not found
+    alone = KNN(*datasets, k=[5], models=["student"])
+    assert alone.key_metric == "student_knn_top1_k5"
+    assert sorted(evaluate(alone, pair, tmp_path)) == ["student_knn_top1_k5", "student_knn_top5_k5"]
+
+
 def test_memory_does_not_grow_with_test_rows_and_classes(monkeypatch):
     rng = np.random.default_rng(0)
     train, val = unit_rows(rng, 1000), unit_rows(rng, 4000)
@@ -206,6 +251,8 @@ WRONG_BATCHES = [
         *WRONG_BATCHES,
         ({"k": [20, 0]}, r"k \(\[20, 0\]\) must be"),
         ({"k": []}, r"k \(\[\]\) must be"),
+        ({"models": []}, r"models \(\[\]\) must be one or more of teacher, student"),
+        ({"models": ["teachers"]}, r"models \(\['teachers'\]\) must be"),
         ({"temperature": 0}, r"temperature \(0\) must be positive"),
         ({"temperature": float("nan")}, r"temperature \(nan\) must be positive"),
         ({"val_dataset": dataset([0, -1])}, "1 of val_dataset are below"),

@@ -31,7 +31,7 @@ def add_to(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("source", nargs="+", metavar="SOURCE", help="folder with everything below it, list (.csv, .txt), or tarballs")
+    add("source", nargs="+", metavar="SOURCE", help="folder of images, list (.csv, .txt), tarball, or its folder")
     add("--channels", type=_channels, metavar="N", help="channels of every image, or auto (default): as most have")
     add("--limit", type=_positive, metavar="N", help="measure so many images, drawn at random (default: all)")
     add("--seed", type=int, default=0, help="of --limit (default %(default)s)")
@@ -86,14 +86,27 @@ def _run(options: argparse.Namespace) -> None:
 
 def _open(source: str) -> ImageSamples:
     from passl.data.datasets import ImageList
+    from passl.data.tar_dataset import TarDataset
 
     path = Path(source).expanduser()
     if path.is_dir():
-        return ImageList(root=path, channels=1)  # with channels .npy files are images; how many is told later
+        prefix = _tar_prefix(path)
+        # With channels .npy files are images; how many they are is told later.
+        return TarDataset(path, prefix) if prefix else ImageList(root=path, channels=1)
     if path.is_file() and path.suffix.lower() in (".csv", ".txt", ".lst"):
         return ImageList(list_file=path)
+    if path.is_file() and path.suffix.lower() == ".tar":
+        return TarDataset(path.resolve().parent, _tar_prefix(path.parent) or "pretrain", tarball=path.resolve())
     what = "is no folder, list (.csv, .txt) or tarball" if path.exists() else "is not there"
     raise ValueError(f"{source} {what}")
+
+
+def _tar_prefix(folder: Path) -> Optional[str]:
+    """The prefix of the index that `passl-data tar-index` wrote to `folder`; None where there is none."""
+    if (folder / "entries.npy").is_file() or (folder / "pretrain_entries.npy").is_file():
+        return "pretrain"
+    ending = "_entries.npy"
+    return next((path.name[: -len(ending)] for path in sorted(folder.glob(f"*{ending}"))), None)
 
 
 def _measured(images: Any, indices: Any, num_workers: int) -> tuple[ChannelStatistics, BadImages]:

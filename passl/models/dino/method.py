@@ -83,6 +83,9 @@ class DINO(Method):
         """Student and teacher start equal."""
         return [self.student.backbone, self.teacher.backbone]
 
+    def backbones(self) -> dict[str, nn.Layer]:
+        return {"teacher": self.teacher.backbone, "student": self.student.backbone}
+
     def half_precision_layers(self) -> list[nn.Layer]:
         """Not the teacher: its small moves would be rounded away."""
         return [self.student]
