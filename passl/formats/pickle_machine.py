@@ -43,6 +43,8 @@ class PickleMachine:
         start: where in ``data`` the pickle starts.
     """
 
+    content = "a file of weights"  # for messages
+
     def __init__(
         self,
         data: Union[bytes, mmap.mmap],
@@ -158,8 +160,8 @@ class PickleMachine:
             if module.startswith("torch.nn.") or module.startswith(("timm.", "torchvision.", "__main__")):
                 hint = ". It may hold a whole model: in PyTorch, save model.state_dict() instead"
             raise RefusedGlobalError(
-                f"the file asks for {module}.{name}, which is no part of a file of weights: refused, and nothing in "
-                f"the file was executed{hint}"
+                f"the file asks for {module}.{name}, which is no part of {self.content}: refused, and nothing in the "
+                f"file was executed{hint}"
             )
         self.push(self._table[module, name])
 

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from typing import Optional
 
 from passl.cli.common import RUN_ERROR, new_parser, stop
-from passl.cli.data import demo
+from passl.cli.data import demo, tar
 
 _HELP = "Make and check data sets."
-_COMMANDS = (demo,)
+_COMMANDS = (demo, tar)
 
 
 def data_main(arguments: Optional[Sequence[str]] = None) -> None:
