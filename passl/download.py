@@ -190,9 +190,10 @@ def md5_of(file: Path) -> str:
     """In hexadecimal; with a progress bar where it takes longer than a moment."""
     digest = hashlib.md5(usedforsecurity=False)
     size = file.stat().st_size
-    with file.open("rb") as content, tqdm(
-        total=size, unit="B", unit_scale=True, desc=f"MD5 of {file.name}", delay=1, leave=False
-    ) as bar:
+    with (
+        file.open("rb") as content,
+        tqdm(total=size, unit="B", unit_scale=True, desc=f"MD5 of {file.name}", delay=1, leave=False) as bar,
+    ):
         while chunk := content.read(_CHUNK):
             digest.update(chunk)
             bar.update(len(chunk))
@@ -297,4 +298,6 @@ def _receive_rest(address: str, partial: Path) -> None:
 def _check_room(partial: Path, needed: Optional[int]) -> None:
     free = shutil.disk_usage(partial.parent).free
     if needed is not None and needed > free:
-        raise OSError(errno.ENOSPC, f"No space left on device: {needed} bytes are needed, {free} are free", str(partial))
+        raise OSError(
+            errno.ENOSPC, f"No space left on device: {needed} bytes are needed, {free} are free", str(partial)
+        )

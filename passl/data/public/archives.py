@@ -1,110 +1,87 @@
-"""Tar archives, also inside others: every member checked, and an archive that ends too early named."""
+"""Tar archives of other people, also inside others: nothing is unpacked, and every member is looked at."""
 
 from __future__ import annotations
 
 import contextlib
-import io
 import tarfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, Union
+from typing import Optional
 
-_BLOCK = 512
+from passl.data.tar_members import DIRECTORY, FILE, Member, PositionalFile, TarError, TarWalk, printable
 
-
-class Member(NamedTuple):
-    """A file in an archive: its full name, and where its bytes are."""
-
-    name: str
-    start: int
-    size: int
+_CHUNK = 1 << 20
 
 
-def members(file: BinaryIO, where: str) -> Iterator[Member]:
-    """The files of an uncompressed archive in their order. Folders and hidden files (macOS adds `._name`) are left out.
+class Archive:
+    """An uncompressed tar archive, or with `part` a member of one that is an archive itself.
 
-    `file` may be moved between two members.
-
-    Raises:
-        ValueError: the archive is truncated, damaged, compressed or no archive, or a member is no plain file; the text
-            says where.
+    Attributes:
+        where: what to call it in messages.
     """
-    size = file.seek(0, io.SEEK_END)
-    file.seek(0)
-    try:
-        with tarfile.open(fileobj=file, mode="r:") as tar:
-            while (member := tar.next()) is not None:
-                tar.members.clear()  # of a million, they would all stay in memory
-                if member.offset_data + member.size > size:
-                    raise _truncated(where, member.offset_data + member.size, size, member.name)
-                if member.isdir() or member.name.rpartition("/")[2].startswith("."):
-                    continue
-                if not member.isreg() or member.issparse():
-                    raise ValueError(f"{where}: {member.name!r} is a link or a special file: refused")
-                yield Member(member.name, member.offset_data, member.size)
-            _check_end(file, tar.offset, size, where)
-    except tarfile.TarError as error:
-        if size < _BLOCK or "unexpected end" in str(error):
-            raise ValueError(f"{where}: truncated: it ends after {size} bytes") from None
-        raise ValueError(f"{where}: damaged, or not an uncompressed tar archive ({error})") from None
+
+    def __init__(self, path: Path, part: Optional[Member] = None) -> None:
+        self.where = f"{path}: {printable(part.path)}" if part else str(path)
+        self._path, self._part = path, part
+        self._bytes = _Part(path, part) if part else PositionalFile(path)
+
+    def members(self) -> Iterator[Member]:
+        """The files in their order. Folders and hidden files (macOS adds `._name`) are left out.
+
+        Raises:
+            TarError: the archive is cut off, damaged, compressed or none, or a member is no plain file.
+        """
+        walk = TarWalk(self._path)
+        if isinstance(self._bytes, _Part):
+            walk = _PartWalk(self._path, self._bytes, self.where)
+        for member in walk:
+            hidden = member.path.rpartition("/")[2].startswith(".") and ".." not in member.path.split("/")
+            if member.kind == DIRECTORY or hidden:
+                continue
+            if member.kind != FILE:
+                raise TarError(f"{self.where}: {printable(member.path)!r} is a {member.kind}: refused")
+            yield member
+        if not walk.has_end:
+            raise TarError(
+                f"{self.where}: cut off: it ends after {walk.size} bytes without the zeros that end an archive: copy "
+                "or download it again"
+            )
+
+    def read(self, member: Member) -> bytes:
+        """The bytes of a member."""
+        data = self._bytes.read(member.start, member.size)
+        if len(data) < member.size:
+            raise TarError(f"{self.where}: {printable(member.path)!r}: the file became shorter while it was read")
+        return data
 
 
-def _check_end(file: BinaryIO, position: int, size: int, where: str) -> None:
-    """tarfile takes whatever it cannot read, and the end of the file, for the end of the archive, which is zeros."""
-    file.seek(position)
-    block = file.read(_BLOCK)
-    if len(block) < _BLOCK:
-        raise ValueError(f"{where}: truncated: it ends after {size} bytes, without the mark of an archive's end")
-    if any(block):
-        raise ValueError(f"{where}: damaged at byte {position}: no header of a file is there")
+class _Part(PositionalFile):
+    """A member of an archive as if it were a file."""
+
+    def __init__(self, path: Path, part: Member) -> None:
+        super().__init__(path)
+        self._start, self._size = part.start, part.size
+
+    def read(self, start: int, size: int) -> bytes:
+        return super().read(self._start + start, max(min(size, self._size - start), 0))
+
+    def size(self) -> int:
+        return self._size
 
 
-def _truncated(where: str, needed: int, size: int, member: str) -> ValueError:
-    return ValueError(f"{where}: truncated: {member!r} ends at byte {needed}, and the archive at {size}")
-
-
-class Section(io.RawIOBase):
-    """Bytes `start` to `start + size` of a file as a file of their own: an archive in an archive, without a copy."""
-
-    def __init__(self, file: BinaryIO, start: int, size: int) -> None:
-        self._file, self._start, self._size, self._position = file, start, size, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._position
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
-        self._position = max(base + offset, 0)
-        return self._position
-
-    def readinto(self, buffer: memoryview) -> int:
-        wanted = max(min(len(buffer), self._size - self._position), 0)
-        self._file.seek(self._start + self._position)
-        data = self._file.read(wanted)
-        buffer[: len(data)] = data
-        self._position += len(data)
-        return len(data)
-
-
-def read_member(file: BinaryIO, member: Member) -> bytes:
-    """The bytes of a member."""
-    file.seek(member.start)
-    return file.read(member.size)
+class _PartWalk(TarWalk):
+    def __init__(self, path: Path, part: _Part, where: str) -> None:
+        super().__init__(path)
+        self.path, self._file, self.size = where, part, part.size()
 
 
 def read_small_members(path: Path, wanted: set[str], limit: int, total: int) -> dict[str, bytes]:
     """Those files of an archive, compressed or not, whose names without folders are `wanted`, all in memory.
 
     Raises:
-        ValueError: the archive is damaged or truncated, a file is there twice, or they are larger than `limit` each or
-            `total` together.
+        TarError: the archive is damaged or cut off, a file is there twice or is a link, or they are larger than `limit`
+            each or `total` together.
     """
     found: dict[str, bytes] = {}
     with _blaming(path), tarfile.open(path, "r:*") as tar:
@@ -113,25 +90,26 @@ def read_small_members(path: Path, wanted: set[str], limit: int, total: int) -> 
             if name not in wanted or member.isdir():
                 continue
             if not member.isreg() or member.issparse():
-                raise ValueError(f"{path}: {member.name!r} is a link or a special file: refused")
+                raise TarError(f"{path}: {member.name!r} is a link or a special file: refused")
             if name in found:
-                raise ValueError(f"{path}: two files are named {name!r}")
+                raise TarError(f"{path}: two files are named {name!r}")
             if member.size > limit or member.size + sum(map(len, found.values())) > total:
-                raise ValueError(f"{path}: {member.name!r} has {member.size} bytes, more than is plausible: refused")
-            content = tar.extractfile(member)
-            found[name] = content.read() if content else b""
-        while tar.fileobj.read(1 << 20):  # the checksum of compressed data stands behind them
+                raise TarError(f"{path}: {member.name!r} has {member.size} bytes, more than is plausible: refused")
+            found[name] = tar.extractfile(member).read()
+        while tar.fileobj.read(_CHUNK):  # the checksum of compressed data stands behind them
             pass
     return found
 
 
 @contextlib.contextmanager
-def _blaming(path: Union[str, Path]) -> Iterator[None]:
+def _blaming(path: Path) -> Iterator[None]:
     try:
         yield
     except EOFError:
-        raise ValueError(f"{path}: truncated: its compressed data end too early") from None
-    except (tarfile.TarError, zlib.error, OSError) as error:
-        if isinstance(error, OSError) and error.errno is not None:
+        raise TarError(f"{path}: cut off: its compressed data end too early; copy or download it again") from None
+    except (tarfile.TarError, zlib.error) as error:
+        raise TarError(f"{path}: damaged, cut off, or not a tar archive ({error})") from None
+    except OSError as error:
+        if error.errno is not None:
             raise
-        raise ValueError(f"{path}: damaged, truncated, or not a tar archive ({error})") from None
+        raise TarError(f"{path}: damaged ({error})") from None  # gzip's checksum

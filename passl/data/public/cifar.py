@@ -20,7 +20,7 @@ from passl.data.public.cifar_names import CIFAR10_NAMES, CIFAR100_COARSE_NAMES, 
 from passl.data.public.folders import class_folder_units
 from passl.data.public.names import checked_name
 from passl.data.public.output import PublicImage, SplitSource, Unit
-from passl.formats.limits import Budget, RefusedGlobalError, blaming
+from passl.formats.limits import Budget, blaming
 from passl.formats.pickle_globals import Globals
 from passl.formats.pickle_machine import PickleMachine
 
@@ -36,7 +36,7 @@ _CONTENT = "a file of CIFAR"
 
 @dataclass(frozen=True)
 class Labels:
-    """One kind of labels of a data set: where they are in a batch, in a record of the binary version, and their names."""
+    """One kind of labels: where they are in a batch, in a record of the binary version, and their names."""
 
     key: str
     column: int
@@ -50,14 +50,17 @@ class Cifar:
     """One of the two data sets, as published."""
 
     name: str
-    archive: str
-    md5: str
+    archives: dict[str, str]  # of the pickled and of the binary version, with their MD5
     archive_size: str
-    binary_archive: str
     batches: dict[str, tuple[str, ...]]
     meta: str
     columns: int  # labels in a record of the binary version
     labels: dict[str, Labels]
+
+    @property
+    def archive(self) -> str:
+        """The name of the archive that is downloaded."""
+        return next(iter(self.archives))
 
     @property
     def addresses(self) -> list[str]:
@@ -74,10 +77,11 @@ class Cifar:
 IMAGES = {"train": 50_000, "test": 10_000}
 CIFAR10 = Cifar(
     name="cifar10",
-    archive="cifar-10-python.tar.gz",
-    md5="c58f30108f718f92721af3b95e74349a",
+    archives={
+        "cifar-10-python.tar.gz": "c58f30108f718f92721af3b95e74349a",
+        "cifar-10-binary.tar.gz": "c32a1d4ab5d03f1284b67883e8d87530",
+    },
     archive_size="171 MB",
-    binary_archive="cifar-10-binary.tar.gz",
     batches={"train": tuple(f"data_batch_{number}" for number in range(1, 6)), "test": ("test_batch",)},
     meta="batches.meta",
     columns=1,
@@ -85,10 +89,11 @@ CIFAR10 = Cifar(
 )
 CIFAR100 = Cifar(
     name="cifar100",
-    archive="cifar-100-python.tar.gz",
-    md5="eb9058c3a382ffc7106e4002c42a8d85",
+    archives={
+        "cifar-100-python.tar.gz": "eb9058c3a382ffc7106e4002c42a8d85",
+        "cifar-100-binary.tar.gz": "03b5dce01913d631647c71ecec9e9cb8",
+    },
     archive_size="169 MB",
-    binary_archive="cifar-100-binary.tar.gz",
     batches={"train": ("train",), "test": ("test",)},
     meta="meta",
     columns=2,
@@ -136,14 +141,14 @@ def cifar_splits(path: Path, cifar: Cifar, kind: str) -> dict[str, SplitSource]:
     if found.is_dir() and all((found / split).is_dir() for split in cifar.batches):
         return class_folder_units(found, tuple(cifar.batches))
     files = _Files(found, cifar)
-    needed = {split: [_version(name, files) for name in names] for split, names in cifar.batches.items()}
+    found_files = {split: [_version(name, files) for name in names] for split, names in cifar.batches.items()}
     missing = [
-        name for split, names in cifar.batches.items() for name, found_name in zip(names, needed[split]) if not found_name
+        name for split, names in cifar.batches.items() for name, file in zip(names, found_files[split]) if file is None
     ]
     if len(missing) == sum(map(len, cifar.batches.values())):
         raise FileNotFoundError(f"{path}: nothing of {cifar.name} is there: {_wanted(cifar)}")
     if missing:
-        raise ValueError(f"{found} is incomplete: {', '.join(missing)} is missing")
+        raise ValueError(f"{found} is incomplete: {', '.join(missing)} missing")
     labels = cifar.labels[kind]
     names = _class_names(files, cifar, labels)
     origin = f"{found.name}, {found.stat().st_size if found.is_file() else 'folder'}"
@@ -153,15 +158,15 @@ def cifar_splits(path: Path, cifar: Cifar, kind: str) -> dict[str, SplitSource]:
             units=[Unit(batch, _reader(files, batch, cifar, labels, names)) for batch in batches],
             needed=_DISK_BYTES * IMAGES[split],
         )
-        for split, batches in needed.items()
+        for split, batches in found_files.items()
     }
 
 
 def _wanted(cifar: Cifar) -> str:
     folder = cifar.archive.replace("-python.tar.gz", "-batches-py" if cifar is CIFAR10 else "-python")
     return (
-        f"give {cifar.archive}, {cifar.binary_archive}, the folder one of them holds (such as {folder}), or a folder with "
-        "class folders in train and test"
+        f"give {', '.join(cifar.archives)}, the folder that one of them holds (such as {folder}), or a "
+        "folder with class folders in train and test"
     )
 
 
@@ -176,7 +181,7 @@ def _inside(path: Path, cifar: Cifar) -> Path:
     for folder in folders:
         if any((folder / name).is_file() or (folder / f"{name}.bin").is_file() for name in batches):
             return folder
-    archives = [path / name for name in (cifar.archive, cifar.binary_archive) if (path / name).is_file()]
+    archives = [path / name for name in cifar.archives if (path / name).is_file()]
     return archives[0] if archives else path
 
 
@@ -282,6 +287,3 @@ def _unpickled(raw: bytes, where: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{where}: it holds a {type(value).__name__}, not the dict of {_CONTENT}")
     return {key.decode("latin1") if isinstance(key, bytes) else str(key): entry for key, entry in value.items()}
-
-
-__all__ = ["CIFAR10", "CIFAR100", "IMAGES", "Cifar", "RefusedGlobalError", "cifar_splits"]

@@ -7,15 +7,15 @@ their classes in another file (see `imagenet_labels`), or as class folders.
 
 from __future__ import annotations
 
-import io
+import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, Optional
+from typing import NamedTuple, Optional
 
 from passl.data.image_io import image_extensions
-from passl.data.public.archives import Member, Section, members, read_member
+from passl.data.public.archives import Archive
 from passl.data.public.folders import class_folders, images_of
-from passl.data.public.imagenet_labels import KAGGLE_SOLUTION, META, TRUTH, ValLabels, read_val_labels
+from passl.data.public.imagenet_labels import KAGGLE_SOLUTION, TRUTH, read_val_labels
 from passl.data.public.names import last_part
 from passl.data.public.output import PublicImage, SplitSource, Unit
 
@@ -26,13 +26,14 @@ MD5 = {
     KIT: "fa75699e90414af021442c21a62c3abf",
 }
 IMAGES = {"train": 1_281_167, "val": 50_000}
-_FOLDERS = (".", "ILSVRC/Data/CLS-LOC", "Data/CLS-LOC", "CLS-LOC")
-_LABEL_FILES = (KIT, KAGGLE_SOLUTION, "ILSVRC2012_devkit_t12", TRUTH, f"data/{TRUTH}")
+_PLACES = (".", "ILSVRC/Data/CLS-LOC", "Data/CLS-LOC", "CLS-LOC")  # of train and val in the Kaggle edition
+_LABELS = (KIT, KAGGLE_SOLUTION, "ILSVRC2012_devkit_t12", TRUTH, f"data/{TRUTH}")
+_CLASS = re.compile(r"n\d{8}(\.tar)?")
 _MAX_IMAGE = 256 << 20
 
 
 class Found(NamedTuple):
-    """What was found of ImageNet: archives or folders of the two splits, and the classes of validation images."""
+    """The parts of ImageNet: archives or folders of the splits, and the file with the classes of validation images."""
 
     train: Optional[Path]
     val: Optional[Path]
@@ -43,67 +44,47 @@ def find(paths: Sequence[Path], labels: Optional[Path] = None) -> Found:
     """Look for the parts of ImageNet in files and folders that the user names.
 
     Raises:
-        FileNotFoundError: there is no such file, or nothing of ImageNet.
-        ValueError: a file is no part of it.
+        FileNotFoundError: there is no such file, or nothing of ImageNet in it.
+        ValueError: a file is no part of ImageNet.
     """
-    train = val = None
+    found = Found(None, None, labels)
     for path in paths:
         if not path.exists():
             raise FileNotFoundError(f"there is no file or folder {path}")
-        if path.is_dir():
-            train = train or _first(path, ("ILSVRC2012_img_train.tar", *_in_folders("train")), _holds_training)
-            val = val or _first(path, ("ILSVRC2012_img_val.tar", *_in_folders("val")), _holds_images)
-            labels = labels or _first(path, _LABEL_FILES, Path.exists)
-            if train is None and _holds_training(path):
-                train = path
-            continue
-        kind = _kind(path)
-        if kind == "train":
-            train = path
-        elif kind == "val":
-            val = path
-        else:
-            labels = labels or path
-    if train is None and val is None:
-        raise FileNotFoundError(f"{', '.join(map(str, paths))}: nothing of ImageNet is there")
-    return Found(train, val, labels)
+        here = _in_folder(path) if path.is_dir() else _kind(path)
+        found = Found(*(known or new for known, new in zip(found, here)))
+    if found.train is None and found.val is None:
+        raise FileNotFoundError(
+            f"nothing of ImageNet is in {', '.join(map(str, paths))}: neither {TRAIN_ARCHIVE} nor {VAL_ARCHIVE}, nor "
+            "folders train or val of the Kaggle edition"
+        )
+    return found
 
 
-def _in_folders(name: str) -> list[str]:
-    return [f"{folder}/{name}" for folder in _FOLDERS]
+def _in_folder(folder: Path) -> Found:
+    train = [folder / TRAIN_ARCHIVE, *(folder / place / "train" for place in _PLACES)]
+    val = [folder / VAL_ARCHIVE, *(folder / place / "val" for place in _PLACES)]
+    labels = next((folder / name for name in _LABELS if (folder / name).exists()), None)
+    names = [entry.name for entry in folder.iterdir()]
+    if folder.name == "val" or any("_val_" in name for name in names):
+        val.append(folder)
+    elif any(_CLASS.fullmatch(name) for name in names):
+        train.append(folder)
+    return Found(next(filter(Path.exists, train), None), next(filter(Path.exists, val), None), labels)
 
 
-def _first(root: Path, names: Sequence[str], holds: Callable[[Path], bool]) -> Optional[Path]:
-    return next((root / name for name in names if holds(root / name)), None)
-
-
-def _holds_training(path: Path) -> bool:
-    return path.is_file() or (path.is_dir() and any(_is_class_archive(entry) or entry.is_dir() for entry in path.iterdir()
-                                                    if entry.name.startswith("n")))
-
-
-def _holds_images(path: Path) -> bool:
-    return path.is_file() or (path.is_dir() and any(path.iterdir()))
-
-
-def _is_class_archive(path: Path) -> bool:
-    return path.suffix == ".tar" and path.is_file()
-
-
-def _kind(path: Path) -> str:
-    """Of a file that the user names: by what its first member is."""
+def _kind(path: Path) -> Found:
+    """Which part a file is, by the first file in it."""
     if path.name.endswith((".csv", ".txt", ".gz", ".tgz")):
-        return "labels"
-    with path.open("rb") as file:
-        first = next(members(file, str(path)), None)
-    if first is None:
-        raise ValueError(f"{path} is an archive without files")
-    if first.name.endswith(".tar"):
-        return "train"
-    if _is_image(first.name) and "_test_" not in first.name:
-        return "val"
+        return Found(None, None, path)
+    first = next(Archive(path).members(), None)
+    name = first.path if first else "nothing"
+    if name.endswith(".tar"):
+        return Found(path, None, None)
+    if _is_image(name) and "_test_" not in name:
+        return Found(None, path, None)
     raise ValueError(
-        f"{path} holds {first.name!r}: it is neither {TRAIN_ARCHIVE} (a tar of tars) nor {VAL_ARCHIVE} (images)"
+        f"{path} begins with {name!r}: it is neither {TRAIN_ARCHIVE} (a tar of tars) nor {VAL_ARCHIVE} (of images)"
     )
 
 
@@ -115,74 +96,67 @@ def _is_image(name: str) -> bool:
 
 
 def train_source(path: Path) -> SplitSource:
-    """The training images in an archive of archives, a folder of archives, or class folders."""
+    """The training images in an archive of archives, a folder of archives, or class folders.
+
+    Raises:
+        ValueError: the archive is cut off or damaged, or holds anything else.
+    """
     if path.is_file():
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            inner = list(members(file, str(path)))
-        wrong = [member.name for member in inner if not member.name.endswith(".tar")]
-        if wrong or not inner:
-            raise ValueError(f"{path} should hold an archive for each class, such as n01440764.tar, and has {wrong[:1]}")
-        units = [_class_unit(last_part(member.name, str(path)), path, member) for member in inner]
-        return SplitSource(f"{path.name}, {size} bytes", units, size)
-    archives = sorted(entry for entry in path.iterdir() if _is_class_archive(entry))
+        outer = Archive(path)
+        units = []
+        for member in outer.members():
+            name = last_part(member.path, outer.where)
+            if not name.endswith(".tar"):
+                raise ValueError(f"{path}: {name!r} is not the archive of a class, such as n01440764.tar")
+            units.append(_class_unit(name, Archive(path, member)))
+        return SplitSource(_origin(path), units, path.stat().st_size)
+    archives = sorted(entry for entry in path.iterdir() if entry.suffix == ".tar" and entry.is_file())
     if archives:
-        units = [_class_unit(file.name, file, None) for file in archives]
-        return SplitSource(str(path.resolve()), units, sum(file.stat().st_size for file in archives))
+        units = [_class_unit(file.name, Archive(file)) for file in archives]
+        return SplitSource(_origin(path), units, sum(file.stat().st_size for file in archives))
     return class_folders(path)
-
-
-def _class_unit(name: str, archive: Path, member: Optional[Member]) -> Unit:
-    class_name = name[: -len(".tar")]
-
-    def images(before: int) -> Iterator[PublicImage]:
-        with archive.open("rb") as outer:
-            file: BinaryIO = outer
-            where = str(archive)
-            if member:
-                file = io.BufferedReader(Section(outer, member.start, member.size), 1 << 20)
-                where = f"{archive}: {member.name}"
-            yield from _images(file, where, lambda _: class_name)
-
-    return Unit(class_name, images)
-
-
-def _images(file: BinaryIO, where: str, class_of: Callable[[str], str]) -> Iterator[PublicImage]:
-    for member in members(file, where):
-        name = last_part(member.name, where)
-        if not _is_image(name):
-            raise ValueError(f"{where}: {name!r} is no image")
-        if member.size > _MAX_IMAGE:
-            raise ValueError(f"{where}: {name!r} has {member.size} bytes: refused")
-        yield PublicImage(class_of(name), name, read_member(file, member))
 
 
 def val_source(path: Path, labels: Optional[Path]) -> SplitSource:
     """The validation images in a flat archive or folder, with the file that has their classes, or in class folders.
 
     Raises:
-        ValueError: their classes are needed and not given.
+        ValueError: their classes are needed and not given; or a file is damaged.
     """
-    flat = path.is_file() or bool(images_of(path))
-    if not flat:
+    files = [] if path.is_file() else images_of(path)
+    if not path.is_file() and not files:
         return class_folders(path)
     if labels is None:
         raise ValueError(
-            f"{path} does not tell the classes of its images: put {KIT} (or {KAGGLE_SOLUTION} of the Kaggle edition) "
-            "beside it, or name one with --val-labels"
+            f"{path} does not tell the classes of its images: put {KIT} of the official archives, or {KAGGLE_SOLUTION} "
+            "of the Kaggle edition, beside it, or name one of them with --val-labels"
         )
     table = read_val_labels(labels)
 
     def images(before: int) -> Iterator[PublicImage]:
         if path.is_file():
-            with path.open("rb") as file:
-                yield from _images(file, str(path), table.of)
+            yield from _images(Archive(path), table.of)
         else:
-            yield from (PublicImage(table.of(image.name), image.name, image) for image in images_of(path))
+            yield from (PublicImage(table.of(file.name), file.name, file) for file in files)
 
     size = path.stat().st_size if path.is_file() else 0
-    origin = f"{path.name}, {size} bytes" if size else str(path.resolve())
-    return SplitSource(f"{origin}, classes of {labels.name}", [Unit(path.name, images)], size)
+    return SplitSource(f"{_origin(path)}, classes of {labels.name}", [Unit(path.name, images)], size)
 
 
-__all__ = ["IMAGES", "KIT", "MD5", "META", "TRAIN_ARCHIVE", "VAL_ARCHIVE", "Found", "ValLabels", "find", "train_source", "val_source"]
+def _origin(path: Path) -> str:
+    return f"{path.name}, {path.stat().st_size} bytes" if path.is_file() else str(path.resolve())
+
+
+def _class_unit(name: str, archive: Archive) -> Unit:
+    class_name = name[: -len(".tar")]
+    return Unit(class_name, lambda before: _images(archive, lambda image: class_name))
+
+
+def _images(archive: Archive, class_of: Callable[[str], str]) -> Iterator[PublicImage]:
+    for member in archive.members():
+        name = last_part(member.path, archive.where)
+        if not _is_image(name):
+            raise ValueError(f"{archive.where}: {name!r} is no image")
+        if member.size > _MAX_IMAGE:
+            raise ValueError(f"{archive.where}: {name!r} has {member.size} bytes: refused")
+        yield PublicImage(class_of(name), name, archive.read(member))

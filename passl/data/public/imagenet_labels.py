@@ -136,7 +136,9 @@ def _of_list(path: Path, text: str) -> ValLabels:
         wnids = [word for word in words if _WNID.fullmatch(word)]
         names = [word for word in words if _NUMBER.search(word)]
         if len(wnids) != 1 or len(words) > 2 or len(words) != len(wnids) + len(names):
-            raise ValueError(f"{path}: line {line}: {content[:60]!r} must be a class such as n01440764, or an image and one")
+            raise ValueError(
+                f"{path}: line {line}: {content[:60]!r} must be a class such as n01440764, or an image and one"
+            )
         if names:
             by_name[Path(names[0]).name.partition(".")[0]] = wnids[0]
         else:

@@ -55,40 +55,47 @@ class SplitSource:
         origin: tells it from another source of the same split.
         units: in the order in which they are converted.
         needed: bytes that the split takes on the disk, about.
-        images: their number, where it is known before.
+        part: in words, if it is not all of the published split.
     """
 
     origin: str
     units: Sequence[Unit]
     needed: int = 0
-    images: Optional[int] = None
+    part: str = ""
 
 
 class SplitReport(NamedTuple):
-    """What there is of a split; `was_complete`: already before."""
+    """What there is of a split; `classes`: their names, sorted; `was_complete`: already before."""
 
     path: Path
     images: int
-    classes: int
+    classes: list[str]
     was_complete: bool
 
 
 class Split:
-    """The place of one split: the folder `out/train`, or `out/train.tar`.
+    """The place of one split: the folder `out/train`, or `out/train_dataset.tar`, which `TarDataset` looks for.
 
     Args:
         settings: what the content depends on besides its source: the data set, the kind of labels.
+        images: how many the published split has, for the progress bar.
         as_tar: write a tarball, not folders.
         link: "copy", "hard" or "symbolic": how images that are files already get into folders.
     """
 
     def __init__(
-        self, out: Path, name: str, settings: dict[str, Any], as_tar: bool = False, link: str = "copy"
+        self,
+        out: Path,
+        name: str,
+        settings: dict[str, Any],
+        images: Optional[int] = None,
+        as_tar: bool = False,
+        link: str = "copy",
     ) -> None:
         self.name = name
-        self.path = out / (f"{name}.tar" if as_tar else name)
+        self.path = out / (f"{name}_dataset.tar" if as_tar else name)
         self._settings = {**settings, "version": _VERSION}
-        self._as_tar, self._link = as_tar, link
+        self._images, self._as_tar, self._link = images, as_tar, link
         self._partial = out / f"{self.path.name}.partial"
         self._journal = Journal(out / f"{self.path.name}.journal")
 
@@ -113,7 +120,7 @@ class Split:
                 "delete it, or choose another --out"
             )
         self._check_count(end)
-        return SplitReport(self.path, end["images"], end["classes"], True)
+        return self._report(was_complete=True)
 
     def write(self, source: SplitSource) -> SplitReport:
         """Convert what is missing.
@@ -130,8 +137,11 @@ class Split:
                 self._convert(source)
             # The journal first: a split with its name and without a last line would not be known as ours.
             os.replace(self._partial, self.path)
-        end = self._journal.end
-        return SplitReport(self.path, end["images"], end["classes"], False)
+        return self._report(was_complete=False)
+
+    def _report(self, was_complete: bool) -> SplitReport:
+        classes = sorted({name for entry in self._journal.units.values() for name in entry["classes"]})
+        return SplitReport(self.path, self._journal.end["images"], classes, was_complete)
 
     def _is_only_unnamed(self) -> bool:
         """Whether the last run was stopped between its last line in the journal and the split's name."""
@@ -162,7 +172,7 @@ class Split:
         sink = TarSink(self._partial) if self._as_tar else FolderSink(self._partial, self._link)
         sink.start(max((entry["position"] for entry in done.values()), default=0))
         try:
-            with tqdm(total=source.images, initial=images, unit="image", desc=self.name, disable=None) as bar:
+            with tqdm(total=self._images, initial=images, unit="image", desc=self.name, disable=None) as bar:
                 for unit in source.units:
                     if unit.name in done:
                         continue
@@ -178,7 +188,7 @@ class Split:
             sink.finish()
         finally:
             sink.close()
-        end = {"images": images, "classes": len(classes), "bytes": self._partial.stat().st_size}
+        end = {"images": images, "bytes": self._partial.stat().st_size}
         self._check_count(end)
         self._journal.add({"complete": end})
 
@@ -204,7 +214,9 @@ class Split:
         if self._as_tar:
             size = path.stat().st_size
             if size != end["bytes"]:
-                raise ValueError(f"{path} has {size} bytes, and was written with {end['bytes']}: delete it to write it again")
+                raise ValueError(
+                    f"{path} has {size} bytes, and was written with {end['bytes']}: delete it to write it again"
+                )
             return
         images = sum(len(os.listdir(folder)) for folder in os.scandir(path) if folder.is_dir())
         if images != end["images"]:
@@ -222,7 +234,9 @@ def _check_room(path: Path, needed: int) -> None:
     free = shutil.disk_usage(path.parent).free
     if needed > free:
         raise OSError(
-            errno.ENOSPC, f"there is no room for it: about {_gigabytes(needed)} are needed, {_gigabytes(free)} are free", str(path)
+            errno.ENOSPC,
+            f"there is no room for it: about {_gigabytes(needed)} are needed, {_gigabytes(free)} are free",
+            str(path),
         )
 
 
