@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import threading
 from collections.abc import Iterator
@@ -47,7 +48,7 @@ class Handler(BaseHTTPRequestHandler):
         if self.server.announced is not None:
             self.send_header("Content-Length", str(self.server.announced))
         self.end_headers()
-        self.wfile.write(self.server.content[: self.server.cut_after])
+        self._write(self.server.content)
 
     def _send_part(self, start: int) -> None:
         content = self.server.content
@@ -60,7 +61,11 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
         self.send_header("Content-Length", str(len(content) - start))
         self.end_headers()
-        self.wfile.write(content[start:][: self.server.cut_after])
+        self._write(content[start:])
+
+    def _write(self, content: bytes) -> None:
+        with contextlib.suppress(ConnectionError):  # who asked has gone
+            self.wfile.write(content[: self.server.cut_after])
 
     def log_message(self, *_: object) -> None:
         pass

@@ -29,8 +29,13 @@ class Journal:
         self.start: Optional[dict[str, Any]] = None
         self.units: dict[str, dict[str, Any]] = {}
         self.end: Optional[dict[str, Any]] = None
-        for entry in _entries(self.path):
+        self._size = 0  # bytes of whole lines
+        for line in self.path.read_bytes().splitlines(keepends=True) if self.path.is_file() else ():
+            entry = _entry(line)
+            if entry is None:
+                break
             self._take(entry)
+            self._size += len(line)
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
@@ -47,6 +52,7 @@ class Journal:
                 text = f"another process is writing {self.path.with_suffix('')}: wait for its end"
                 raise BlockingIOError(error.errno, text) from None
             self.read()
+            os.truncate(self.path, self._size)
             yield
 
     def begin(self, start: dict[str, Any]) -> None:
@@ -72,13 +78,10 @@ class Journal:
             self.start = entry
 
 
-def _entries(path: Path) -> Iterator[dict[str, Any]]:
-    if not path.is_file():
-        return
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            entry = json.loads(line)
-        except ValueError:
-            return
-        if isinstance(entry, dict):
-            yield entry
+def _entry(line: bytes) -> Optional[dict[str, Any]]:
+    """What a line says; None if it is not whole."""
+    try:
+        entry = json.loads(line) if line.endswith(b"\n") else None
+    except ValueError:
+        return None
+    return entry if isinstance(entry, dict) else None
