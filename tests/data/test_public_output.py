@@ -61,7 +61,7 @@ def test_a_split_is_written_once(tmp_path, as_tar):
     source, split = Source(), Split(tmp_path, "train", SETTINGS, as_tar=as_tar)
     assert split.complete() is None
     report = split.write(source.split())
-    assert report == (tmp_path / ("train_dataset.tar" if as_tar else "train"), 6, ["class0", "class1"], False)
+    assert report == (tmp_path / ("train_dataset.tar" if as_tar else "train"), 6, ["class0", "class1"], "", False)
     assert contents(report.path) == EXPECTED
     assert source.finished == [0, 1, 2]
     assert names(tmp_path) == sorted([report.path.name, f"{report.path.name}.journal"])

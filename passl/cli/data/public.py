@@ -189,9 +189,12 @@ def _run_imagenet_folder(options: argparse.Namespace) -> None:
     from passl.data.public.imagenet import IMAGES, find, train_source, val_source
 
     def sources() -> dict[str, SplitSource]:
-        if options.source == [_DOWNLOADS] and not _DOWNLOADS.is_dir():
-            raise FileNotFoundError(_where_to_put_imagenet())
-        found = find(options.source, options.val_labels)
+        try:
+            found = find(options.source, options.val_labels)
+        except FileNotFoundError as error:
+            if options.source != [_DOWNLOADS]:
+                raise
+            raise FileNotFoundError(f"{error}.\n{_where_to_put_imagenet()}") from None
         if options.verify:
             _verify(found)
         result = {}
@@ -279,19 +282,14 @@ def _convert(
 
     wanted = [name for name in published if getattr(options, "split", None) in (None, name)]
 
-    def place(name: str, part: str = "") -> Split:
-        whole = {**settings, **({"part": part} if part else {})}
-        return Split(options.out, name, whole, published[name], options.tar, getattr(options, "link", "copy"))
-
-    reports = {name: place(name).complete() for name in wanted}
+    link = getattr(options, "link", "copy")
+    splits = {name: Split(options.out, name, settings, published[name], options.tar, link) for name in wanted}
+    reports = {name: split.complete() for name, split in splits.items()}
     if not all(reports.values()):
         found = sources()
-        for name in wanted:
+        for name, split in splits.items():
             if reports[name] is None and name in found:
-                part = found[name].part
-                if part:
-                    print(f"note: only {part} of {name} are there, and are converted")
-                reports[name] = place(name, part).write(found[name])
+                reports[name] = split.write(found[name])
     written = {name: report for name, report in reports.items() if report}
     if not written:
         raise FileNotFoundError(f"nothing of {' and '.join(wanted)} is there")
@@ -307,7 +305,9 @@ def _say(name: str, report: Optional[SplitReport], published: int) -> None:
         return
     done = ", complete already" if report.was_complete else ""
     print(f"{report.path}: {report.images} images in {len(report.classes)} classes{done}")
-    if report.images != published:
+    if report.part:
+        print(f"note: there were only {report.part} of {name}; with more of them, delete it and convert it again")
+    elif report.images != published:
         print(f"note: the published data set has {published} images in {name}")
 
 

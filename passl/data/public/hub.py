@@ -164,7 +164,9 @@ def parquet_images(path: Path, before: int) -> Iterator[PublicImage]:
                 for image, label in zip(batch.column("image").to_pylist(), batch.column("label").to_pylist()):
                     yield _image(image, label, names, number, path)
                     number += 1
-    except (arrow.ArrowException, EOFError) as error:
+    except (arrow.ArrowException, EOFError, OSError) as error:
+        if getattr(error, "errno", None) is not None:  # of the system, not of the file's format
+            raise
         raise ValueError(f"{path}: damaged, or not a parquet file ({error})") from None
 
 

@@ -74,7 +74,7 @@ class Journal:
             self.units[entry["unit"]] = entry
         elif "complete" in entry:
             self.end = entry["complete"]
-        else:
+        elif "settings" in entry:
             self.start = entry
 
 

@@ -65,11 +65,12 @@ class SplitSource:
 
 
 class SplitReport(NamedTuple):
-    """What there is of a split; `classes`: their names, sorted; `was_complete`: already before."""
+    """What there is of a split; `classes`: their names, sorted; `part`: see `SplitSource`; `was_complete`: before."""
 
     path: Path
     images: int
     classes: list[str]
+    part: str
     was_complete: bool
 
 
@@ -141,7 +142,7 @@ class Split:
 
     def _report(self, was_complete: bool) -> SplitReport:
         classes = sorted({name for entry in self._journal.units.values() for name in entry["classes"]})
-        return SplitReport(self.path, self._journal.end["images"], classes, was_complete)
+        return SplitReport(self.path, self._journal.end["images"], classes, self._journal.start["part"], was_complete)
 
     def _is_only_unnamed(self) -> bool:
         """Whether the last run was stopped between its last line in the journal and the split's name."""
@@ -149,7 +150,8 @@ class Split:
         return bool(start and end and start["settings"] == self._settings and self._partial.exists())
 
     def _convert(self, source: SplitSource) -> None:
-        start = {"settings": self._settings, "origin": source.origin, "units": [unit.name for unit in source.units]}
+        units = [unit.name for unit in source.units]
+        start = {"settings": self._settings, "origin": source.origin, "part": source.part, "units": units}
         if self._journal.start != start or self._journal.end or not self._partial.exists():
             self._remove_partial()
             _check_room(self.path, source.needed)
