@@ -55,8 +55,17 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(b"", {"X-Error-Code": "EntryNotFound"}, 404)
 
     def _description(self) -> dict:
+        counts = {"downloads": 0, "likes": 0}  # older libraries want them
         files = [{"rfilename": name, "size": len(content)} for name, content in self.server.files.items()]
-        return {"id": REPOSITORY, "sha": _COMMIT, "siblings": files, "private": False, "gated": "auto", "tags": []}
+        return {
+            "id": REPOSITORY,
+            "sha": _COMMIT,
+            "siblings": files,
+            "private": False,
+            "gated": "auto",
+            "tags": [],
+            **counts,
+        }
 
     def _answer(self, content: bytes, headers: Mapping[str, str], status: int = 200) -> None:
         self.send_response(status)

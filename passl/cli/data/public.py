@@ -29,20 +29,20 @@ number is their place in the archive. An interrupted download or conversion goes
 what is complete is left alone. Nothing in the archive is executed.
 """
 _FOLDER = """\
-ImageNet (ILSVRC 2012) from the files that you have, as class folders {{train,val}}/<WordNet id>/*.JPEG.
+ImageNet (ILSVRC 2012) from the files that you have, as class folders {train,val}/<WordNet id>/*.JPEG.
 
   passl-data imagenet-folder --from FOLDER           a folder with the official archives:
-                                                       {train} (138 GB)
-                                                       {val} (6.3 GB)
-                                                       {kit} (2.5 MB: the classes of val)
+                                                       ILSVRC2012_img_train.tar (148 GB)
+                                                       ILSVRC2012_img_val.tar (6.7 GB)
+                                                       ILSVRC2012_devkit_t12.tar.gz (2.5 MB: the classes of val)
   passl-data imagenet-folder --from KAGGLE --link hard
-                                                     the unpacked Kaggle edition: ILSVRC/Data/CLS-LOC/{{train,val}} and
+                                                     the unpacked Kaggle edition: ILSVRC/Data/CLS-LOC/{train,val} and
                                                      LOC_val_solution.csv
   passl-data imagenet-folder --from val.tar --val-labels LOC_val_solution.csv
   passl-data imagenet-folder --from FOLDER --tar     tarballs with an index, for TarDataset, not 1.3 million files
 
 The archives are for registered users: https://image-net.org/download-images. Images are written as they are, without
-unpacking anything twice. Disk: 150 GB besides the archives; with --link hard, none. An interrupted run goes on with the
+unpacking anything twice. Disk: 155 GB besides the archives; with --link hard, none. An interrupted run goes on with the
 class where it was stopped when the command is typed again; what is complete is left alone.
 """
 _HUB = """\
@@ -50,7 +50,7 @@ ImageNet-1k from the Hugging Face hub, as class folders {train,val}/<WordNet id>
 
   pip install "passl[hf]"
   HF_TOKEN=hf_... passl-data imagenet-hf             or a file .env in this folder, with a line HF_TOKEN=hf_...
-  passl-data imagenet-hf --split val                 7 GB of 150
+  passl-data imagenet-hf --split val                 7 GB of 155
   passl-data imagenet-hf --from FOLDER               parquet files that are there already
   passl-data imagenet-hf --tar                       tarballs with an index, for TarDataset, not 1.3 million files
 
@@ -62,7 +62,10 @@ what is complete is left alone.
 
 
 class _Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """Examples as they are, and defaults."""
+    """Examples as they are, and those defaults that say something."""
+
+    def _get_help_string(self, action: argparse.Action) -> Optional[str]:
+        return super()._get_help_string(action) if action.default else action.help
 
 
 def add_to(commands: Any) -> None:
@@ -85,21 +88,22 @@ def _add_cifar(commands: Any, name: str, title: str, classes: str, archive: str,
 
 
 def _add_imagenet_folder(commands: Any) -> None:
-    from passl.data.public.imagenet import KIT, TRAIN_ARCHIVE, VAL_ARCHIVE
-
     name = "imagenet-folder"
-    text = _FOLDER.format(train=TRAIN_ARCHIVE, val=VAL_ARCHIVE, kit=KIT)
-    add = _new(commands, name, "ImageNet from its archives or the Kaggle edition", text, "dataset/ILSVRC2012")
+    add = _new(commands, name, "ImageNet from its archives or the Kaggle edition", _FOLDER, "dataset/ILSVRC2012")
     add(
         "--from",
         dest="source",
         type=Path,
         nargs="+",
-        default=[_DOWNLOADS],
         metavar="PATH",
-        help="archives, or folders with archives or with train and val",
+        help=f"archives, or folders with archives or with train and val (default: {_DOWNLOADS})",
     )
-    add("--val-labels", type=Path, metavar="FILE", help=f"{KIT}, LOC_val_solution.csv, or a list of WordNet ids")
+    add(
+        "--val-labels",
+        type=Path,
+        metavar="FILE",
+        help="the development kit, LOC_val_solution.csv, or a list of WordNet ids",
+    )
     add("--split", choices=("train", "val"), help="only this one")
     add(
         "--link",
@@ -190,9 +194,9 @@ def _run_imagenet_folder(options: argparse.Namespace) -> None:
 
     def sources() -> dict[str, SplitSource]:
         try:
-            found = find(options.source, options.val_labels)
+            found = find(options.source or [_DOWNLOADS], options.val_labels)
         except FileNotFoundError as error:
-            if options.source != [_DOWNLOADS]:
+            if options.source:
                 raise
             raise FileNotFoundError(f"{error}.\n{_where_to_put_imagenet()}") from None
         if options.verify:
