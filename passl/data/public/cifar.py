@@ -123,6 +123,9 @@ class _Files:
     def read(self, name: str) -> bytes:
         return self._contents[name] if name in self._contents else (self._path / name).read_bytes()
 
+    def size(self, name: str) -> int:
+        return len(self._contents[name]) if name in self._contents else (self._path / name).stat().st_size
+
     def where(self, name: str) -> str:
         return f"{self._path}: {name}" if self._contents else str(self._path / name)
 
@@ -156,7 +159,7 @@ def cifar_splits(path: Path, cifar: Cifar, kind: str) -> dict[str, SplitSource]:
         split: SplitSource(
             origin=f"{origin} ({', '.join(batches)})",
             units=[Unit(batch, _reader(files, batch, cifar, labels, names)) for batch in batches],
-            needed=_DISK_BYTES * IMAGES[split],
+            needed=sum(files.size(batch) for batch in batches) // _PIXELS * _DISK_BYTES,
         )
         for split, batches in found_files.items()
     }
