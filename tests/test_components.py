@@ -14,12 +14,14 @@ from PIL import Image
 import passl.engine.settings
 from passl.cli import train_main
 from passl.config import load
+from passl.data.tar_index import index_tarball
 from passl.engine.run import checked
 from passl.models import DINOHead, VisionTransformer
 from passl.models.method import Method
 from passl.models.vision_transformer import TokenTransformer
 from passl.registry import BACKBONES, DATASETS, EVALUATORS, HEADS, METHODS, OPTIMIZERS, SCHEDULES, TRANSFORMS
 from passl.schedules import Timeline
+from tests.data.tarballs import write_tarball
 from tests.engine import tiny
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -41,6 +43,9 @@ def build(builder, **special):
 def images(tmp_path_factory):
     folder = tmp_path_factory.mktemp("components")
     tiny.write_images(folder, size=16)
+    files = {f"{path.parent.name}/{path.name}": path.read_bytes() for path in (folder / "train").rglob("*.png")}
+    write_tarball(folder / "train/pretrain_dataset.tar", files)
+    index_tarball(folder / "train/pretrain_dataset.tar", folder / "train")
     return folder
 
 

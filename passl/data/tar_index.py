@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Optional, Union
@@ -24,6 +24,7 @@ from passl.formats.atomic import replacing
 
 PathLike = Union[str, os.PathLike]
 CLASS_IDS = "class-ids.npy"
+COHORTS = "cohort_indices.npy"
 _PROGRESS_EVERY = 1024  # members
 
 
@@ -128,6 +129,7 @@ class _Scan:
         self._entries = array("Q")
         self._left_out: dict[str, list[str]] = {}
         self._not_images: list[str] = []
+        self._extensions = image_extensions()
 
     def take(self, member: Member) -> None:
         if member.kind != FILE:
@@ -143,7 +145,7 @@ class _Scan:
         if self._remove is not None and member.path in self._remove:
             return
         label = 0 if self._labels is None else self._labels.number(member.path)
-        if os.path.splitext(name)[1].lower() not in image_extensions():
+        if "." + name.rpartition(".")[2].lower() not in self._extensions:
             self._not_images.append(printable(member.path))
         self._entries.extend((label, number, member.start, member.start + member.size))
 
@@ -167,7 +169,7 @@ class _Scan:
         path = self._walk.path
         if not self.files:
             raise TarError(f"{path} holds no files")
-        entries = np.array(self._entries, np.uint64).reshape(-1, 4)
+        entries = np.frombuffer(self._entries, np.uint64).reshape(-1, 4)  # no copy
         if not len(entries):
             chosen = self._keep or self._remove
             raise TarError(f"none of the {self.files} files in {path} is left by {chosen.path}")
@@ -190,6 +192,35 @@ class _Scan:
         if not self._walk.has_end:
             notes.append("the blocks of zeros that end an archive are missing: it may be cut off")
         return notes
+
+
+def join_indices(
+    output_root: PathLike, tarballs: Sequence[PathLike], prefix: str = "pretrain", suffix: Optional[str] = None
+) -> Path:
+    """Write one file of entries over several tarballs whose indices, with their stems as prefixes, are in a folder.
+
+    `{prefix}_entries[_{suffix}].npy`: uint64 [N, 5], as those of the tarballs, with the number of the tarball;
+    `cohort_indices.npy`: {number: stem of the tarball}. Returns the path of the entries.
+
+    Raises:
+        TarError: two tarballs have one stem, or one that is the prefix.
+        OSError: an index is missing, or cannot be written.
+    """
+    root = Path(output_root).expanduser()
+    stems = [Path(tarball).stem for tarball in tarballs]
+    if len({*stems, prefix}) <= len(stems):
+        raise TarError(f"tarballs need names of their own, other than {prefix!r}: {shortened(stems)}")
+    cohorts, joined = NamesBuilder(), []
+    for number, stem in enumerate(stems):
+        cohorts.add(number, stem.encode("utf-8", "surrogatepass"))
+        entries = np.load(root / entries_name(stem, suffix), mmap_mode="r")
+        joined.append(np.pad(entries, ((0, 0), (0, 1)), constant_values=number))
+    with replacing(root / COHORTS) as file:
+        write_names(file, cohorts.build())
+    path = root / entries_name(prefix, suffix)
+    with replacing(path) as file:
+        np.save(file, np.concatenate(joined))
+    return path
 
 
 # --- files ----------------------------------------------------------------------------------------------------------

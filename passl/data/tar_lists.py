@@ -31,8 +31,8 @@ def shortened(items: Sequence[object]) -> str:
 class NameList:
     """Files by name: each line of the list is a base name (`a.jpg`) or a whole path in the tarball (`x/a.jpg`).
 
-    A base name stands for all files of that name. `.csv`: the column `filename` (or `column`); a list of one column
-    needs no header. Others: one name a line.
+    A base name stands for all files of that name; `./a.jpg` is only the one outside all folders. `.csv`: the column
+    `filename` (or `column`); a list of one column needs no header. Others: one name a line.
 
     Raises:
         FileNotFoundError: there is no list.
@@ -48,22 +48,23 @@ class NameList:
             lines = _column(self.path, [row for row in rows if any(map(str.strip, row))], column)
         if not lines:
             raise TarError(f"{self.path} lists no files")
-        self._names = dict.fromkeys((_plain(line) for line in lines), False)
+        self._met = dict.fromkeys(lines, False)
 
     def __contains__(self, path: str) -> bool:
         """Whether the list names the member `path`; notes that it was asked."""
+        plain = _plain(path)
         found = False
-        for name in (_plain(path), base_name(path)):
-            if name in self._names:
-                found = self._names[name] = True
+        for name in (base_name(path), plain, f"./{plain}"):
+            if name in self._met:
+                found = self._met[name] = True
         return found
 
     def __len__(self) -> int:
-        return len(self._names)
+        return len(self._met)
 
     def unmet(self) -> list[str]:
         """The names of the list that no member had so far."""
-        return [name for name, met in self._names.items() if not met]
+        return [name for name, met in self._met.items() if not met]
 
 
 class Labels(Protocol):

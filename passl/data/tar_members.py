@@ -1,6 +1,6 @@
 """What is in a tarball, and where: a walk from header to header that reads no file's bytes.
 
-Python's `tarfile` takes five times as long, keeps all that it has seen, and ends without a word at a damaged header.
+Python's `tarfile` takes several times as long, keeps all that it has seen, and ends without a word at a damaged header.
 Formats: POSIX.1-2017, "pax" (ustar interchange format and its extended headers); GNU tar manual, "Basic Tar Format".
 """
 
@@ -132,20 +132,19 @@ class TarWalk:
                 continue
             member = self._member(code, header, {**self._global, **extended})
             extended = {}
-            self._last = member.path
             if member.kind not in _WITHOUT_DATA:
                 self.offset = member.start + -(-member.size // BLOCK) * BLOCK
                 if member.start + member.size > self.size:
-                    raise self._cut_off(
-                        f"{printable(member.path)!r} needs {member.size} bytes at {member.start}", offset
-                    )
+                    what = f"{printable(member.path)!r} needs {member.size} bytes at {member.start}"
+                    raise self._cut_off(what, offset)
+            self._last = member.path
             yield member
 
     # --- headers ---
 
     def _member(self, code: bytes, header: bytes, extended: dict[str, str]) -> Member:
         size = self._size(header, extended)
-        path = extended.get("path") or _path(header)
+        path = extended.get("path") or path_in(header)
         kind = _KINDS.get(code, f"member of type {code!r}")
         if any(key.startswith("GNU.sparse.") for key in extended):
             kind, path = SPARSE, extended.get("GNU.sparse.name", path)
@@ -168,7 +167,7 @@ class TarWalk:
             size = -1
         if size < 0:
             raise TarError(
-                f"{self.path}: damaged: {printable(_path(header))!r} at offset {self.offset - BLOCK} has a size that "
+                f"{self.path}: damaged: {printable(path_in(header))!r} at offset {self.offset - BLOCK} has a size that "
                 "is no number"
             )
         return size
@@ -248,6 +247,21 @@ class TarWalk:
         )
 
 
+def header_before(file: PositionalFile, start: int) -> Optional[Member]:
+    """What the header directly before the bytes at `start` says; None if there is none.
+
+    A long path is cut off in it, and a size of 8 GiB or more may be 0. Raises OSError.
+    """
+    header = file.read(start - BLOCK, BLOCK) if start >= BLOCK else b""
+    if len(header) < BLOCK or not _checksum_is_right(header):
+        return None
+    try:
+        size = _number(header[124:136])
+    except ValueError:
+        return None
+    return Member(path_in(header), _KINDS.get(header[156:157], "unknown"), start, size)
+
+
 # --- fields ---------------------------------------------------------------------------------------------------------
 
 
@@ -256,12 +270,9 @@ def _checksum_is_right(header: bytes) -> bool:
         recorded = _number(header[148:156])
     except ValueError:
         return False
-    blanked = header[:148] + header[156:]
-    total = sum(blanked) + 8 * 0x20
-    if recorded == total:
-        return True
+    total = sum(header) - sum(header[148:156]) + 8 * 0x20  # its own place counts as blanks
     # Some old programs added signed bytes.
-    return recorded == total - 256 * sum(byte > 127 for byte in blanked)
+    return recorded == total or recorded == total - 256 * sum(byte > 127 for byte in header[:148] + header[156:])
 
 
 def _number(field: bytes) -> int:
@@ -275,7 +286,8 @@ def _text(field: bytes) -> str:
     return field.partition(b"\0")[0].decode("utf-8", "surrogateescape")
 
 
-def _path(header: bytes) -> str:
+def path_in(header: bytes) -> str:
+    """The path in a header of 512 bytes, if no other header before it has the whole of it."""
     path = _text(header[:100])
     # Where POSIX has a prefix, GNU's own format has times.
     prefix = _text(header[345:500]) if header[257:263] == b"ustar\0" else ""

@@ -81,13 +81,15 @@ class NamesBuilder:
 
     def add(self, number: int, encoded: bytes) -> None:
         self._text += encoded
+        if number != len(self._ends) or self._numbers:
+            if not self._numbers:
+                self._numbers.extend(range(len(self._ends)))
+            self._numbers.append(number)
         self._ends.append(len(self._text))
-        self._numbers.append(number)
 
     def build(self) -> Names:
-        numbers = np.array(self._numbers, np.uint64)
-        gapless = np.array_equal(numbers, np.arange(len(numbers)))
-        return Names(bytes(self._text), np.array(self._ends, np.int64), None if gapless else numbers)
+        numbers = np.array(self._numbers, np.uint64) if self._numbers else None
+        return Names(bytes(self._text), np.array(self._ends, np.int64), numbers)
 
 
 # --- writing --------------------------------------------------------------------------------------------------------
