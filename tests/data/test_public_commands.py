@@ -17,6 +17,7 @@ from passl import download
 from passl.cli import data_main
 from passl.cli.data.public import read_dotenv
 from passl.data.datasets import ImageFolder
+from passl.data.tar_dataset import TarDataset
 from tests.file_server import serving
 from tests.public_archives import CIFAR10_NAMES, WNIDS, Cifar10, Cifar100, ImageNet, write_tar
 
@@ -85,12 +86,13 @@ def test_tarballs_share_the_numbers_of_classes(capsys):
             Path("in", split, name, f"{split}.png").write_bytes(f"{split} {name}".encode())
     data_main(["cifar10", "--from", "in", "--tar", "--out", "out"])
     assert "{name: TarDataset, root: out, prefix: train}" in capsys.readouterr().out
-    found = {}
-    for split in ("train", "test"):
-        content = Path(f"out/{split}_dataset.tar").read_bytes()
-        entries = np.load(f"out/{split}_entries.npy")
-        found[split] = {int(label): content[start:end].decode() for label, _, start, end in entries.tolist()}
-    assert found == {"train": {0: "train cat", 1: "train dog"}, "test": {1: "test dog"}}
+    train, test = TarDataset("out", "train"), TarDataset("out", "test")
+    assert train.class_names == test.class_names == ["cat", "dog"]
+    assert [(train.read(index).data, train.labels[index]) for index in range(2)] == [
+        (b"train cat", 0),
+        (b"train dog", 1),
+    ]
+    assert [(test.read(index).data, test.labels[index]) for index in range(len(test))] == [(b"test dog", 1)]
     before = Path("out/train_entries.npy").stat().st_mtime_ns
     data_main(["cifar10", "--tar", "--out", "out"])
     assert Path("out/train_entries.npy").stat().st_mtime_ns == before
@@ -188,9 +190,10 @@ def test_imagenet_in_its_usual_place_as_tarballs(capsys):
     imagenet = ImageNet()
     imagenet.write_archives(Path("dataset/downloads"))
     data_main(["imagenet-folder", "--tar", "--out", "out"])
-    content = Path("out/train_dataset.tar").read_bytes()
-    images = [content[start:end] for _, _, start, end in np.load("out/train_entries.npy").tolist()]
-    assert images == list(imagenet.expected("train").values())
+    for split in ("train", "val"):
+        images = TarDataset("out", split)
+        assert images.class_names == WNIDS
+        assert [images.read(index).data for index in range(len(images))] == list(imagenet.expected(split).values())
 
 
 def test_one_split_and_named_labels(capsys):

@@ -59,6 +59,14 @@ def test_the_kaggle_edition(tmp_path, link):
     assert files(folder) == before
 
 
+@pytest.mark.parametrize("root", ["ILSVRC", "ILSVRC/Data/CLS-LOC"])
+def test_folders_inside_the_kaggle_edition(tmp_path, root):
+    folder = ImageNet().write_kaggle(tmp_path)
+    places = folder / "ILSVRC/Data/CLS-LOC"
+    assert find([folder / root]) == (places / "train", places / "val", folder / "LOC_val_solution.csv")
+    assert find([places / "val", places / "train"]) == find([folder])
+
+
 @pytest.mark.parametrize("of", ["kit archive", "kit folder", "truth", "csv", "ids", "names and ids"])
 def test_every_source_of_validation_labels(tmp_path, of):
     imagenet = ImageNet()

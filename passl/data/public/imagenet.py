@@ -64,7 +64,9 @@ def find(paths: Sequence[Path], labels: Optional[Path] = None) -> Found:
 def _in_folder(folder: Path) -> Found:
     train = [folder / TRAIN_ARCHIVE, *(folder / place / "train" for place in _PLACES)]
     val = [folder / VAL_ARCHIVE, *(folder / place / "val" for place in _PLACES)]
-    labels = next((folder / name for name in _LABELS if (folder / name).exists()), None)
+    # Kaggle's list lies three folders above train and val.
+    above = [parent / KAGGLE_SOLUTION for parent in folder.resolve().parents[:4]]
+    labels = next(filter(Path.exists, [*(folder / name for name in _LABELS), *above]), None)
     names = [entry.name for entry in folder.iterdir()]
     if folder.name == "val" or any("_val_" in name for name in names):
         val.append(folder)
