@@ -29,7 +29,7 @@ class Hub:
     """The files of the data set on the hub.
 
     Args:
-        token: of a user who accepted the data set's licence; None: what `huggingface-cli login` stored.
+        token: of a user who accepted the data set's licence; None: the one that `hf auth login` stored.
         folder: where downloaded files go.
         endpoint: of another server than huggingface.co, as the library's HF_ENDPOINT.
     """
@@ -78,7 +78,7 @@ def _explained(error: Exception, token: str) -> str:
     if status in (401, 403):
         return f"the hub refuses (HTTP {status}): the token is wrong, or its user did not accept the licence. {_ADVICE}"
     return (
-        f"{PAGE} could not be read ({type(error).__name__}: {text[:300]}). Where there is a network: huggingface-cli "
+        f"{PAGE} could not be read ({type(error).__name__}: {text[:300]}). Where there is a network: hf "
         f"download {REPOSITORY} --repo-type dataset --local-dir FOLDER; then here: passl-data imagenet-hf --from FOLDER"
     )
 
@@ -127,6 +127,7 @@ def folder_splits(folder: Path) -> dict[str, SplitSource]:
 
 
 def _splits(where: str, sizes: Mapping[str, int], unit: Callable[[str], Unit]) -> dict[str, SplitSource]:
+    _library("pyarrow.parquet")  # before anything is downloaded
     names: dict[str, list[str]] = {}
     for name in sorted(sizes):
         found = _SPLIT_OF.search(name)
