@@ -99,7 +99,7 @@ def test_every_source_of_validation_labels(tmp_path, of):
 
 
 @pytest.mark.smoke
-@pytest.mark.parametrize("name", ["../evil.JPEG", "/tmp/evil.JPEG", "a/../../evil.JPEG", "..", "ev\til.JPEG"])
+@pytest.mark.parametrize("name", ["../evil.JPEG", "/evil.JPEG", "a/../../evil.JPEG", "..", "ev\til.JPEG"])
 @pytest.mark.parametrize("where", ["inside", "outside", "val"])
 def test_no_archive_writes_outside_its_folder(tmp_path, name, where):
     folder = ImageNet().write_archives(tmp_path / "in")
