@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from typing import Optional
 
 from passl.cli.common import RUN_ERROR, new_parser, stop
-from passl.cli.data import demo, tar
+from passl.cli.data import demo, public, tar
 
 _HELP = "Make and check data sets."
-_COMMANDS = (demo, tar)
+_COMMANDS = (demo, public, tar)
 
 
 def data_main(arguments: Optional[Sequence[str]] = None) -> None:
