@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
 import logging
+import shutil
 from pathlib import Path
 
 import pytest
 
 from passl import download
-from passl.download import DownloadError, fetch
+from passl.download import DownloadError, fetch, fetch_known
 from tests.file_server import CONTENT, serving
 
 pytestmark = pytest.mark.smoke
+
+MD5 = hashlib.md5(CONTENT).hexdigest()
 
 
 def accept(file: Path) -> None:
@@ -143,3 +148,97 @@ def test_the_checksum_in_a_name_is_compared(server, tmp_path):
     (tmp_path / wrong).write_bytes(CONTENT)
     with pytest.raises(DownloadError, match="should start with 00c0ffee"):
         fetch(server.address(wrong), tmp_path, accept)
+
+
+# --- archives with a published checksum ---
+
+
+@pytest.fixture
+def archive(monkeypatch, tmp_path) -> Path:
+    monkeypatch.setattr(download, "_PAUSE", 0.0)
+    return tmp_path / "archives" / "a.tar.gz"
+
+
+def test_an_archive_is_downloaded_once(server, archive, capsys):
+    assert fetch_known([server.address()], archive, MD5) == archive
+    assert archive.read_bytes() == CONTENT
+    assert "2.56M" in capsys.readouterr().err
+    assert names(archive.parent) == ["a.tar.gz"]
+    fetch_known([server.address()], archive, MD5)
+    assert len(server.requests) == 1
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+def test_a_partial_archive_goes_on_where_it_ended(server, archive, ranges):
+    server.ranges = ranges
+    archive.parent.mkdir()
+    (archive.parent / "a.tar.gz.partial").write_bytes(CONTENT[:1000])
+    fetch_known([server.address()], archive, MD5)
+    assert server.asked == [1000]
+    assert archive.read_bytes() == CONTENT
+    assert names(archive.parent) == ["a.tar.gz"]
+
+
+def test_a_connection_that_is_cut_is_made_anew(server, archive):
+    server.ranges, server.cut_after = True, 1_000_000
+    fetch_known([server.address()], archive, MD5)
+    assert server.asked == [None, 1_000_000, 2_000_000]
+    assert archive.read_bytes() == CONTENT
+
+
+def test_what_arrived_is_kept_and_said(server, archive):
+    server.cut_after = 1_000_000
+    with pytest.raises(DownloadError) as caught:
+        fetch_known([server.address()], archive, MD5)
+    partial = archive.with_name("a.tar.gz.partial")
+    assert str(caught.value) == (
+        f"{server.address()} could not be downloaded (the connection ended after 1000000 of {len(CONTENT)} bytes). "
+        f"1000000 bytes are kept in {partial}, and the next try goes on there."
+    )
+    assert partial.read_bytes() == CONTENT[:1_000_000]
+    assert not archive.exists()
+
+
+@pytest.mark.parametrize("partial", [b"other" * 100, CONTENT + b"more", CONTENT])
+def test_a_partial_archive_that_does_not_fit_is_replaced(server, archive, partial):
+    server.ranges = True
+    archive.parent.mkdir()
+    (archive.parent / "a.tar.gz.partial").write_bytes(partial)
+    fetch_known([server.address()], archive, MD5)
+    assert archive.read_bytes() == CONTENT
+    assert server.asked == [len(partial)] + ([] if partial == CONTENT else [None])
+
+
+def test_an_archive_with_another_checksum_is_refused(server, archive):
+    with pytest.raises(DownloadError, match=f"what arrived has the MD5 {MD5}, the published file {'0' * 32}"):
+        fetch_known([server.address()], archive, "0" * 32)
+    assert names(archive.parent) == []
+    archive.write_bytes(b"mine")
+    with pytest.raises(DownloadError, match="is damaged or another file: its MD5 is .* Delete it to download it again"):
+        fetch_known([server.address()], archive, MD5)
+    assert archive.read_bytes() == b"mine"
+
+
+def test_the_next_server_is_asked(server, archive):
+    with serving() as silent:
+        address = silent.address()
+    fetch_known([address, server.address()], archive, MD5)
+    assert archive.read_bytes() == CONTENT
+
+
+def test_a_full_disk_stops_a_download_before_it_starts(server, archive, monkeypatch):
+    usage = shutil.disk_usage(archive.parent.parent)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    with pytest.raises(OSError, match=f"{len(CONTENT)} bytes are needed, 1000 are free; make room") as caught:
+        fetch_known([server.address(), server.address()], archive, MD5)
+    assert caught.value.errno == errno.ENOSPC
+    assert len(server.requests) == 1
+    assert names(archive.parent) == []
+
+
+def test_two_downloads_of_one_archive_exclude_each_other(server, archive):
+    archive.parent.mkdir()
+    with archive.with_name("a.tar.gz.partial").open("ab") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(DownloadError, match="another process is downloading it"):
+            fetch_known([server.address()], archive, MD5)

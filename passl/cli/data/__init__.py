@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from typing import Optional
 
 from passl.cli.common import RUN_ERROR, new_parser, stop
-from passl.cli.data import demo, stats, tar
+from passl.cli.data import demo, public, stats, tar
 
 _HELP = "Make and check data sets."
-_COMMANDS = (demo, stats, tar)
+_COMMANDS = (demo, public, stats, tar)
 
 
 def data_main(arguments: Optional[Sequence[str]] = None) -> None:
