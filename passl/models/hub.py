@@ -18,7 +18,6 @@ from paddle import nn
 
 import passl.models  # noqa: F401  (registers the backbones)
 from passl import checkpoint, convert, download
-from passl.models.channels import inflate_state
 from passl.registry import BACKBONES
 
 _CACHE = "~/.cache/passl/hub"
@@ -95,21 +94,18 @@ OFFICIAL = {
 }
 
 
-def _load(
-    name: str, pretrained: Union[bool, PathLike], checkpoint_key: str, cache_dir: Optional[PathLike], in_chans: int
-) -> nn.Layer:
+def _load(name: str, pretrained: Union[bool, PathLike], checkpoint_key: str, cache_dir: Optional[PathLike]) -> nn.Layer:
     if not isinstance(pretrained, (bool, str, Path)):
         raise TypeError(f"pretrained ({pretrained!r}) must be True, False, or the path of a file")
     build, arguments = BACKBONES.get(OFFICIAL[name].backbone), OFFICIAL[name].arguments
     if pretrained is False:
-        return build(**arguments, in_chans=in_chans)
+        return build(**arguments)
     # First the weights: a file that does not fit is found before anything is built.
     source = _fetch(name, cache_dir) if pretrained is True else Path(pretrained).expanduser()
     weights = convert.read_backbone(source, checkpoint_key)
     _check_architecture(name, weights.name, weights.arguments, source)
-    model = build(**arguments, in_chans=in_chans)
-    state, _ = inflate_state(weights.state, {key: value.shape for key, value in model.state_dict().items()})
-    checkpoint.load_weights(model, state, source)
+    model = build(**arguments)
+    checkpoint.load_weights(model, weights.state, source)
     return model
 
 
@@ -152,7 +148,6 @@ _DOCSTRING = """{summary}: [B, 3, H, W] -> [B, D], without a head.
     `~/.cache/passl/hub`) and taken from there afterwards; a path gives those of that file, in any format and of any
     kind that `passl-convert` reads.
     checkpoint_key: of a file with both networks, whose backbone: "teacher" or "student".
-    in_chans: channels of the images; weights for RGB are inflated to others (see `passl.models.channels.inflate`).
 
     Raises:
         DownloadError: the official file cannot be had; the text says which file to put where.
@@ -165,9 +160,8 @@ def _model(name: str) -> Callable[..., nn.Layer]:
         pretrained: Union[bool, PathLike] = False,
         checkpoint_key: str = "teacher",
         cache_dir: Optional[PathLike] = None,
-        in_chans: int = 3,
     ) -> nn.Layer:
-        return _load(name, pretrained, checkpoint_key, cache_dir, in_chans)
+        return _load(name, pretrained, checkpoint_key, cache_dir)
 
     build.__name__ = build.__qualname__ = name
     build.__doc__ = _DOCSTRING.format(summary=OFFICIAL[name].summary)

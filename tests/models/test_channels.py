@@ -7,7 +7,6 @@ import paddle
 import pytest
 
 from passl import checkpoint
-from passl.models import hub
 from passl.models.channels import inflate, inflate_state
 from passl.registry import BACKBONES
 
@@ -88,15 +87,3 @@ def test_nothing_else_is_changed():
     assert len(done) == 1
     changed = [name for name in state if found[name].shape != state[name].shape]
     assert changed == ["student.backbone.patch_embed.proj.weight"]
-
-
-def test_official_models_of_other_channels(monkeypatch, tmp_path):
-    tiny = {"patch_size": 16}
-    monkeypatch.setitem(hub.OFFICIAL, "dino_vits16", hub.OFFICIAL["dino_vits16"]._replace(backbone="vit_tiny"))
-    rgb = BACKBONES.get("vit_tiny")(**tiny)
-    path = tmp_path / "weights.pdparams"
-    paddle.save(rgb.state_dict(), str(path))
-    model = hub.dino_vits16(pretrained=path, in_chans=4)
-    expected = inflate(rgb.patch_embed.proj.weight.numpy(), 4)
-    np.testing.assert_array_equal(model.patch_embed.proj.weight.numpy(), expected)
-    assert hub.dino_vits16(in_chans=2).patch_embed.proj.weight.shape[1] == 2
