@@ -140,10 +140,20 @@ class FileIndex:
             return False
 
 
+_unsaved: list[tuple[FileIndex, Path]] = []
+
+
 def keep_in(folder: Optional[Path]) -> None:
-    """Keep indices in `folder` from now on, and take them from there; None: nowhere."""
+    """Take indices from `folder` from now on, and let `save` write new ones there; None: nowhere."""
     global _cache_folder
     _cache_folder = folder
+    _unsaved.clear()
+
+
+def save() -> None:
+    """Write the indices that were made since `keep_in`: a run does so once its configuration has proved right."""
+    while _unsaved:
+        _save(*_unsaved.pop())
 
 
 def find_files(root: str, extensions: Collection[str]) -> FileIndex:
@@ -161,7 +171,7 @@ def find_files(root: str, extensions: Collection[str]) -> FileIndex:
         return index
     index = _scan(root, frozenset(extensions))
     if kept is not None:
-        _save(index, kept)
+        _unsaved.append((index, kept))
     return index
 
 

@@ -66,6 +66,7 @@ def train(config: Config, source: Config) -> Trainer:
         raise ConfigError([str(error)]) from error
     # Only now: a mistake in the configuration must leave an earlier run where it was.
     _open_folder(store, source, resumed, trainer.step)
+    file_index.save()
     _announce(trainer, store.folder)
     trainer.fit()
     return trainer
@@ -174,6 +175,7 @@ def evaluate_config(config: Config, source: Config) -> dict[str, float]:
     if not found:
         raise ConfigError(["nothing to evaluate: add Evaluators (for example KNN) or DataLoader.Eval"])
     build.check_labels(model, None, found)
+    file_index.save()
     results: dict[str, float] = {}
     for evaluator in found:
         if evaluator.subject == "backbones" and "student" in evaluator.models and not is_whole:

@@ -15,7 +15,7 @@ from PIL import Image
 
 from passl.data import file_index
 from passl.data.datasets import ImageFolder
-from passl.data.file_index import Paths, find_files
+from passl.data.file_index import FileIndex, Paths
 
 PNG = frozenset({".png"})
 
@@ -41,6 +41,12 @@ def _age(root: Path) -> None:
     """As if the folders had last changed a minute ago."""
     for folder, _, _ in os.walk(root):
         os.utime(folder, (time.time() - 60,) * 2)
+
+
+def find_files(root: str, extensions: set[str]) -> FileIndex:
+    index = file_index.find_files(root, extensions)
+    file_index.save()
+    return index
 
 
 def names(root: Path) -> list[str]:
