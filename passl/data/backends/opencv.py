@@ -13,7 +13,7 @@ from passl.data.backends import resampling
 from passl.data.backends.backend import Backend, ImageInput, OpenedImage
 from passl.data.image_io import ImageSource
 from passl.data.jpeg import REDUCTIONS, PlainJpeg, plain_jpeg
-from passl.data.transforms import Normalize, ToTensor
+from passl.data.transforms import JitterSteps, Normalize, ToTensor
 from passl.data.views import ViewParameters
 
 # A reduced image is reduced by this much again, at least: then a view shows it by less than a level on average.
@@ -80,8 +80,7 @@ class _ArrayImage(OpenedImage):
         )
         if view.flip:
             image = ops.horizontal_flip(image)
-        for name, factor in view.jitter:
-            image = _OPERATIONS[name](image, factor)
+        image = apply_color_jitter(image, view.jitter)
         if view.gray:
             image = ops.to_gray(image)
         if view.blur_radius is not None:
@@ -91,3 +90,10 @@ class _ArrayImage(OpenedImage):
         channels = (image,) * len(out) if image.ndim == 2 else cv2.split(image)
         for channel, table, plane in zip(channels, tables, out):
             cv2.LUT(channel, table, dst=plane)
+
+
+def apply_color_jitter(image: np.ndarray, steps: JitterSteps) -> np.ndarray:
+    """Apply what `draw_color_jitter` drew, in its order."""
+    for name, factor in steps:
+        image = _OPERATIONS[name](image, factor)
+    return image
