@@ -7,11 +7,12 @@ from typing import Optional
 
 import cv2
 import numpy as np
+from PIL import Image
 
 from passl.data.backends import pixels as ops
 from passl.data.backends import resampling
-from passl.data.backends.backend import Backend, ImageInput, OpenedImage
-from passl.data.image_io import ImageSource
+from passl.data.backends.backend import Backend, ImageInput, OpenedImage, checked_pixels
+from passl.data.image_io import ImageSource, to_rgb
 from passl.data.jpeg import REDUCTIONS, PlainJpeg, plain_jpeg
 from passl.data.transforms import JitterSteps, Normalize, ToTensor
 from passl.data.views import ViewParameters
@@ -36,18 +37,24 @@ class OpenCVBackend(Backend):
         self.normalized = np.ascontiguousarray(normalized)  # [C, 256]: what becomes of each value
         self.normalized_solarized = np.ascontiguousarray(normalized[:, ops.solarized()])
 
+        _use_one_thread()
+
     def open(self, image: ImageInput) -> OpenedImage:
-        # Workers do the parallel work, one thread each. Here, and not when the back end is made: threads that run in
-        # the main process do not survive the fork to a worker.
-        if cv2.getNumThreads() != 1:
-            cv2.setNumThreads(1)
+        _use_one_thread()
         if isinstance(image, ImageSource):
             jpeg = plain_jpeg(image)
             if jpeg is not None:
                 return _ArrayImage(self, jpeg.height, jpeg.width, None, jpeg)
             image = image.rgb()
-        pixels = np.asarray(image)
+        pixels = checked_pixels(np.asarray(to_rgb(image) if isinstance(image, Image.Image) else image))
         return _ArrayImage(self, pixels.shape[0], pixels.shape[1], pixels, None)
+
+
+def _use_one_thread() -> None:
+    # Worker processes do the parallel work. Before they are started, too: a fork copies no threads, and a worker that
+    # waited for OpenCV's would wait for ever.
+    if cv2.getNumThreads() != 1:
+        cv2.setNumThreads(1)
 
 
 class _ArrayImage(OpenedImage):
