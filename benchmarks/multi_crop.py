@@ -36,7 +36,7 @@ from PIL import Image, ImageFilter, ImageOps
 
 from passl.data import multi_crop
 from passl.data.backends import opencv, pillow, pixels, resampling
-from passl.data.image_io import read_source
+from passl.data.image_io import image_extensions, read_source
 
 PARTS = ("decode", "draw", "crop", "colour", "blur", "pack")
 # Width and height of ImageNet's photos: most are like the first ones, and the mean is the mean.
@@ -266,10 +266,10 @@ def main() -> int:
         if arguments.images is None:
             paths = made_up_images(Path(folder), arguments.number)
         else:
-            paths = [str(path) for path in sorted(arguments.images.expanduser().rglob("*")) if path.is_file()]
-            paths = paths[: arguments.number]
+            files = sorted(arguments.images.expanduser().rglob("*"))
+            paths = [str(path) for path in files if path.suffix.lower() in image_extensions()][: arguments.number]
         if not paths:
-            parser.error(f"{arguments.images} contains no files")
+            parser.error(f"{arguments.images} contains no images")
         print(f"{len(paths)} images, {arguments.repeats} passes of each side, one thread")
         passes, parts = measure(paths, arguments.repeats)
         print(report(passes, parts))
