@@ -9,6 +9,7 @@ from typing import Any, Optional, Union
 import numpy as np
 
 from passl.data.image_io import UnreadableImageError
+from passl.data.packing import BatchMemory
 from passl.data.samples import Samples
 
 VIEW_KEYS = ("global_crops", "local_crops")
@@ -42,27 +43,34 @@ def load_batch(
     """
     samples: list[dict[str, Any]] = []
     bad_samples: list[tuple[str, str]] = []
-    for epoch, index in batch:
+    memory = BatchMemory(len(batch))
+    for position, (epoch, index) in enumerate(batch):
         if entering is not None:
             entering(epoch, index)
         rng = np.random.default_rng([seed, epoch, index])
         try:
-            sample = _sample_or_replacement(dataset, index, rng, bad_samples)
+            sample = _sample_or_replacement(dataset, index, rng, bad_samples, memory, position)
         except Exception as error:
             raise error from SampleError(f"while loading sample {index} ({dataset.describe(index)}) in epoch {epoch}")
         if sample is None:
             return LoadedBatch(None, bad_samples)
         samples.append(sample)
-    return LoadedBatch(collate(samples), bad_samples)
+    return LoadedBatch(collate(samples, memory), bad_samples)
 
 
 def _sample_or_replacement(
-    dataset: Samples, index: int, rng: np.random.Generator, bad_samples: list[tuple[str, str]]
+    dataset: Samples,
+    index: int,
+    rng: np.random.Generator,
+    bad_samples: list[tuple[str, str]],
+    memory: BatchMemory,
+    position: int,
 ) -> Optional[dict[str, Any]]:
     failures = 0
     for candidate in _candidates(index, len(dataset) if dataset.pool is None else dataset.pool, rng):
         try:
-            return dataset.sample(candidate, rng)
+            with memory.sample(position):
+                return dataset.sample(candidate, rng)
         except UnreadableImageError as error:
             bad_samples.append((error.path, error.reason))
             failures += 1
@@ -76,16 +84,19 @@ def _candidates(index: int, pool: Union[int, np.ndarray], rng: np.random.Generat
     yield from (int(other) for other in rng.permutation(pool) if other != index)
 
 
-def collate(samples: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
+def collate(samples: Sequence[dict[str, Any]], memory: Optional[BatchMemory] = None) -> dict[str, np.ndarray]:
     """Stack B samples with equal keys: views [V, ...] to [V*B, ...], view by view; all else to [B, ...].
+
+    Args:
+        memory: where the views are already if the transform asked it for their arrays; they are not copied then.
 
     Raises:
         ValueError: the samples' arrays differ in shape.
     """
-    return {key: _stack(key, [np.asarray(sample[key]) for sample in samples]) for key in samples[0]}
+    return {key: _stack(key, [np.asarray(sample[key]) for sample in samples], memory) for key in samples[0]}
 
 
-def _stack(key: str, arrays: list[np.ndarray]) -> np.ndarray:
+def _stack(key: str, arrays: list[np.ndarray], memory: Optional[BatchMemory]) -> np.ndarray:
     shapes = sorted({array.shape for array in arrays})
     if len(shapes) > 1:
         raise ValueError(
@@ -94,5 +105,8 @@ def _stack(key: str, arrays: list[np.ndarray]) -> np.ndarray:
         )
     if key not in VIEW_KEYS:
         return np.stack(arrays)
+    packed = None if memory is None else memory.packed(key, arrays)
+    if packed is not None:
+        return packed
     views = np.stack(arrays, axis=1)
     return views.reshape(-1, *views.shape[2:])

@@ -6,6 +6,7 @@ out is the same, and so are the errors.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Optional
 
@@ -17,8 +18,6 @@ try:
     import simplejpeg
 except ImportError:
     simplejpeg = None
-
-REDUCTIONS = (8, 4, 2)  # those that JPEG's blocks of 8 x 8 allow
 
 # What turns a stored image [H, W, C] upright, by EXIF orientation: whether to swap the axes, and then where to begin.
 _TURNS = {
@@ -41,6 +40,13 @@ class PlainJpeg:
     height: int
     width: int
     orientation: int
+
+    def reductions(self) -> Iterator[int]:
+        """Those of 8, 4 and 2 with which the pixels lie as if the upright image were divided from its corner on."""
+        for reduction in (8, 4, 2):  # those that JPEG's blocks of 8 x 8 allow
+            # A turned image may begin with what was the last column, which is whole only if the width divides.
+            if self.orientation == 1 or self.height % reduction == self.width % reduction == 0:
+                yield reduction
 
     def decode(self, reduction: int = 1) -> np.ndarray:
         """uint8 [H, W, 4], upright, the sides divided by `reduction` (1, 2, 4 or 8) and rounded up.

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from passl.data.backends import ImageInput, OpenedImage, RawBackend, is_raw, least_reduction, make_backend
+from passl.data.packing import views_array
 from passl.data.photometric import say_off
 from passl.data.transforms import (
     IMAGENET_MEAN,
@@ -18,7 +19,7 @@ from passl.data.transforms import (
     positive_range,
     probability,
 )
-from passl.data.views import ViewRecipe, draw_view_parameters
+from passl.data.views import ViewParameters, ViewRecipe, draw_view_parameters
 from passl.registry import TRANSFORMS
 
 
@@ -99,6 +100,9 @@ class MultiCrop:
             **shared,
         )
         self.num_local_crops = num_local_crops
+        self.recipes = {"global_crops": self.global_recipes}
+        if num_local_crops:
+            self.recipes["local_crops"] = (self.local_recipe,) * num_local_crops
         self.photometric = {
             "brightness": brightness,
             "contrast": contrast,
@@ -129,17 +133,17 @@ class MultiCrop:
             UnreadableImageError: the source cannot be decoded.
         """
         opened = self._open(image)
-        recipes = {"global_crops": self.global_recipes, "local_crops": (self.local_recipe,) * self.num_local_crops}
-        drawn = {
-            name: [(draw_view_parameters(rng, opened.height, opened.width, recipe), recipe.size) for recipe in those]
-            for name, those in recipes.items()
-            if those
+        views = {
+            name: [(draw_view_parameters(rng, opened.height, opened.width, recipe), recipe.size) for recipe in recipes]
+            for name, recipes in self.recipes.items()
         }
-        opened.decode(least_reduction(view for views in drawn.values() for view in views))
-        arrays = {
-            name: np.empty((len(views), opened.channels, *views[0][1]), np.float32) for name, views in drawn.items()
-        }
-        for name, views in drawn.items():
-            for (view, size), out in zip(views, arrays[name]):
-                opened.render(view, size, out)
-        return arrays
+        opened.decode(least_reduction(view for those in views.values() for view in those))
+        return {name: self._rendered(opened, name, those) for name, those in views.items()}
+
+    def _rendered(
+        self, opened: OpenedImage, name: str, views: Sequence[tuple[ViewParameters, tuple[int, int]]]
+    ) -> np.ndarray:
+        array = views_array(name, (len(views), opened.channels, *views[0][1]))
+        for (view, size), out in zip(views, array):
+            opened.render(view, size, out)
+        return array

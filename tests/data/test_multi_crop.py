@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from passl.data import transforms as T
+from passl.data.backends import BACKENDS, make_backend
 from passl.data.backends.pillow import render_view
 from passl.data.multi_crop import MultiCrop
 from passl.data.views import ViewParameters
@@ -18,11 +19,16 @@ def image() -> Image.Image:
     return Image.fromarray(values).resize((100, 80), Image.Resampling.BICUBIC)
 
 
+@pytest.fixture(params=BACKENDS)
+def backend(request) -> str:
+    return request.param
+
+
 @pytest.mark.smoke
 @pytest.mark.parametrize("num_local_crops", [0, 1, 5])
 @pytest.mark.parametrize(("size", "sides"), [(24, (24, 24)), ([16, 24], (16, 24))])
-def test_shapes(image: Image.Image, num_local_crops: int, size, sides: tuple[int, int]) -> None:
-    multi_crop = MultiCrop(global_crops_size=size, local_crops_size=8, num_local_crops=num_local_crops)
+def test_shapes(image: Image.Image, backend: str, num_local_crops: int, size, sides: tuple[int, int]) -> None:
+    multi_crop = MultiCrop(size, local_crops_size=8, num_local_crops=num_local_crops, backend=backend)
     views = multi_crop(image, np.random.default_rng(0))
     assert views["global_crops"].shape == (2, 3, *sides)
     if num_local_crops:
@@ -32,15 +38,15 @@ def test_shapes(image: Image.Image, num_local_crops: int, size, sides: tuple[int
     assert all(array.dtype == np.float32 for array in views.values())
 
 
-def test_the_generator_decides(image: Image.Image) -> None:
-    multi_crop = MultiCrop(16, 8)
+def test_the_generator_decides(image: Image.Image, backend: str) -> None:
+    multi_crop = MultiCrop(16, 8, backend=backend)
     first, again, other = (multi_crop(image, np.random.default_rng(seed)) for seed in (1, 1, 2))
     for name in ("global_crops", "local_crops"):
         assert first[name].tobytes() == again[name].tobytes()
         assert first[name].tobytes() != other[name].tobytes()
 
 
-def test_without_augmentation_a_full_view_is_the_resized_image(image: Image.Image) -> None:
+def test_without_augmentation_a_full_view_is_the_resized_image(image: Image.Image, backend: str) -> None:
     multi_crop = MultiCrop(
         global_crops_size=[40, 50],
         global_crops_scale=(1.0, 1.0),
@@ -53,13 +59,15 @@ def test_without_augmentation_a_full_view_is_the_resized_image(image: Image.Imag
         global_solarize_probs=(0.0, 0.0),
         mean=(0.0, 0.0, 0.0),
         std=(1.0, 1.0, 1.0),
+        backend=backend,
     )
     views = multi_crop(image, np.random.default_rng(0))["global_crops"]
     expected = T.ToTensor()(image.resize((50, 40), Image.Resampling.BICUBIC))
-    np.testing.assert_array_equal(views, np.stack([expected, expected]))
+    levels = {"pillow": 0, "opencv": 2}[backend]
+    np.testing.assert_allclose(views, np.stack([expected, expected]), rtol=0, atol=(levels + 0.01) / 255)
 
 
-def test_operations_are_applied_in_the_official_order(image: Image.Image) -> None:
+def test_operations_are_applied_in_the_official_order(image: Image.Image, backend: str) -> None:
     view = ViewParameters(
         box=T.Box(5, 10, 60, 70),
         flip=True,
@@ -73,6 +81,13 @@ def test_operations_are_applied_in_the_official_order(image: Image.Image) -> Non
     expected = T.adjust_contrast(T.adjust_saturation(expected, 0.9), 0.7)
     expected = T.solarize(T.gaussian_blur(T.grayscale(expected), 1.2))
     assert render_view(image, view, (32, 32)) == expected
+    opened = make_backend(backend, (0.0,) * 3, (1.0,) * 3).open(image)
+    opened.decode()
+    out = np.empty((3, 32, 32), np.float32)
+    opened.render(view, (32, 32), out)
+    wrong = np.abs(out - T.ToTensor()(expected)) * 255 > 2.5
+    # Solarising turns a difference of one level at its threshold into a large one.
+    assert wrong.mean() <= {"pillow": 0.0, "opencv": 0.01}[backend]
 
 
 def test_the_official_recipe_is_the_default() -> None:
@@ -98,6 +113,7 @@ def test_the_official_recipe_is_the_default() -> None:
         ({"global_crops_size": [8, 8, 8]}, "global_crops_size must be a positive int or [height, width]"),
         ({"local_crops_scale": (0.0, 0.4)}, "local_crops_scale must be [low, high] with 0 < low <= high <= 1.0"),
         ({"global_blur_probs": (1.0,)}, "one value for each of the two global views"),
+        ({"backend": "pil"}, "backend must be one of opencv, pillow, not 'pil'"),
         ({"global_solarize_probs": (0.0, 2.0)}, "global_solarize_probs must be a probability"),
     ],
 )

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from passl.data.backends.pillow import render_view
+from passl.data.backends import BACKENDS, make_backend
 from passl.data.image_io import read_rgb
 from passl.data.multi_crop import MultiCrop
-from passl.data.transforms import Normalize, ToTensor
+from passl.data.transforms import Normalize
 from passl.data.views import ViewParameters, ViewRecipe, draw_view_parameters
 
 VIEWS = ("global1", "global2", "local")
@@ -137,15 +137,22 @@ def test_drawn_color_jitter(setting: Setting, view: str) -> None:
 
 @pytest.mark.parametrize("repetitions", [15, pytest.param(350, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("view", VIEWS)
-def test_rendered_views(setting: Setting, view: str, repetitions: int) -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rendered_views(setting: Setting, backend: str, view: str, repetitions: int) -> None:
     """Normalised channel values and sharpness. Crops of one image are correlated: twice the error for channel means."""
     recorded = setting.recorded[view]
     drawn = setting.draw(view, repetitions)
     growth = math.sqrt(1 + recorded["n"] / len(drawn))  # of the recorded error: ours comes on top of it
-    to_tensor, normalize = ToTensor(), Normalize()
+    size = setting.recipes[view].size
+    # Unnormalised; an image is opened once for all its views.
+    renderer = make_backend(backend, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+    opened = {id(image): renderer.open(image) for image in setting.images}
+    for image in opened.values():
+        image.decode()
+    pixels, normalize = np.empty((3, *size), np.float32), Normalize()
     means, spreads, luminances, energies, blurred = [], [], [], [], []
     for image, parameters in drawn:
-        pixels = to_tensor(render_view(image, parameters, setting.recipes[view].size))
+        opened[id(image)].render(parameters, size, pixels)
         normalized = normalize(pixels)
         means.append(normalized.mean(axis=(1, 2), dtype=np.float64))
         spreads.append(normalized.std(axis=(1, 2), dtype=np.float64))

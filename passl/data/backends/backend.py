@@ -46,6 +46,13 @@ class OpenedImage(ABC):
         """Write `view` in `size` (height, width), finished and normalised, into `out`: float32 [C, height, width]."""
 
 
+def checked_pixels(pixels: np.ndarray) -> np.ndarray:
+    """`pixels`, if they are uint8 [H, W, 3]. Raises ValueError."""
+    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
+        raise ValueError(f"an image given as an array must be uint8 [H, W, 3], not {pixels.dtype} {list(pixels.shape)}")
+    return pixels
+
+
 class Backend(ABC):
     """Opens images. It is sent to worker processes, so it can be pickled."""
 

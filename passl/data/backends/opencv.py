@@ -7,17 +7,19 @@ from typing import Optional
 
 import cv2
 import numpy as np
+from PIL import Image
 
 from passl.data.backends import pixels as ops
 from passl.data.backends import resampling
-from passl.data.backends.backend import Backend, ImageInput, OpenedImage
-from passl.data.image_io import ImageSource
-from passl.data.jpeg import REDUCTIONS, PlainJpeg, plain_jpeg
-from passl.data.transforms import Normalize, ToTensor
+from passl.data.backends.backend import Backend, ImageInput, OpenedImage, checked_pixels
+from passl.data.image_io import ImageSource, to_rgb
+from passl.data.jpeg import PlainJpeg, plain_jpeg
+from passl.data.transforms import JitterSteps, Normalize, ToTensor
 from passl.data.views import ViewParameters
 
-# A reduced image is reduced by this much again, at least: then a view shows it by less than a level on average.
-_LEFT_TO_RESIZE = 2.0
+# A reduced image is reduced by this much again, at least: the views then differ by half a level on average, and their
+# gradient energy by 3 %. With 2 it would be a whole level and 6 %.
+_LEFT_TO_RESIZE = 3.0
 _OPERATIONS = {
     "brightness": ops.adjust_brightness,
     "contrast": ops.adjust_contrast,
@@ -36,18 +38,24 @@ class OpenCVBackend(Backend):
         self.normalized = np.ascontiguousarray(normalized)  # [C, 256]: what becomes of each value
         self.normalized_solarized = np.ascontiguousarray(normalized[:, ops.solarized()])
 
+        _use_one_thread()
+
     def open(self, image: ImageInput) -> OpenedImage:
-        # Workers do the parallel work, one thread each. Here, and not when the back end is made: threads that run in
-        # the main process do not survive the fork to a worker.
-        if cv2.getNumThreads() != 1:
-            cv2.setNumThreads(1)
+        _use_one_thread()
         if isinstance(image, ImageSource):
             jpeg = plain_jpeg(image)
             if jpeg is not None:
                 return _ArrayImage(self, jpeg.height, jpeg.width, None, jpeg)
             image = image.rgb()
-        pixels = np.asarray(image)
+        pixels = checked_pixels(np.asarray(to_rgb(image) if isinstance(image, Image.Image) else image))
         return _ArrayImage(self, pixels.shape[0], pixels.shape[1], pixels, None)
+
+
+def _use_one_thread() -> None:
+    # Worker processes do the parallel work. Before they are started, too: a fork copies no threads, and a worker that
+    # waited for OpenCV's would wait for ever.
+    if cv2.getNumThreads() != 1:
+        cv2.setNumThreads(1)
 
 
 class _ArrayImage(OpenedImage):
@@ -68,9 +76,9 @@ class _ArrayImage(OpenedImage):
 
     def decode(self, reduction: float = 1.0) -> None:
         if self.jpeg is not None:
-            self.scale = next((scale for scale in REDUCTIONS if scale * _LEFT_TO_RESIZE <= reduction), 1)
+            self.scale = next((scale for scale in self.jpeg.reductions() if scale * _LEFT_TO_RESIZE <= reduction), 1)
             self.pixels = self.jpeg.decode(self.scale)
-        else:
+        elif self.pixels.shape[2] == 3:
             self.pixels = cv2.cvtColor(self.pixels, cv2.COLOR_RGB2RGBA)
 
     def render(self, view: ViewParameters, size: tuple[int, int], out: np.ndarray) -> None:
@@ -80,8 +88,7 @@ class _ArrayImage(OpenedImage):
         )
         if view.flip:
             image = ops.horizontal_flip(image)
-        for name, factor in view.jitter:
-            image = _OPERATIONS[name](image, factor)
+        image = apply_color_jitter(image, view.jitter)
         if view.gray:
             image = ops.to_gray(image)
         if view.blur_radius is not None:
@@ -91,3 +98,10 @@ class _ArrayImage(OpenedImage):
         channels = (image,) * len(out) if image.ndim == 2 else cv2.split(image)
         for channel, table, plane in zip(channels, tables, out):
             cv2.LUT(channel, table, dst=plane)
+
+
+def apply_color_jitter(image: np.ndarray, steps: JitterSteps) -> np.ndarray:
+    """Apply what `draw_color_jitter` drew, in its order."""
+    for name, factor in steps:
+        image = _OPERATIONS[name](image, factor)
+    return image

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Optional
 
 import numpy as np
 from PIL import Image
 
-from passl.data.backends.backend import Backend, ImageInput, OpenedImage
-from passl.data.image_io import ImageSource
+from passl.data.backends.backend import Backend, ImageInput, OpenedImage, checked_pixels
+from passl.data.image_io import ImageSource, to_rgb
+from passl.data.jpeg import plain_jpeg
 from passl.data.transforms import (
     Normalize,
     ToTensor,
@@ -30,19 +32,34 @@ class PillowBackend(Backend):
         self.normalize = Normalize(mean, std)
 
     def open(self, image: ImageInput) -> OpenedImage:
-        if isinstance(image, ImageSource):
-            image = image.rgb()
-        return _PillowImage(image if isinstance(image, Image.Image) else Image.fromarray(image), self)
+        if isinstance(image, np.ndarray):
+            image = Image.fromarray(checked_pixels(image))
+        if isinstance(image, Image.Image):
+            return _PillowImage(self, image.height, image.width, None, to_rgb(image))
+        jpeg = plain_jpeg(image)
+        if jpeg is not None:
+            return _PillowImage(self, jpeg.height, jpeg.width, image, None)
+        return self.open(image.rgb())
 
 
 class _PillowImage(OpenedImage):
-    def __init__(self, image: Image.Image, backend: PillowBackend) -> None:
-        self.image = image
+    def __init__(
+        self,
+        backend: PillowBackend,
+        height: int,
+        width: int,
+        source: Optional[ImageSource],
+        image: Optional[Image.Image],
+    ) -> None:
         self.backend = backend
-        self.width, self.height = image.size
+        self.height = height
+        self.width = width
+        self.source = source
+        self.image = image
 
     def decode(self, reduction: float = 1.0) -> None:
-        pass
+        if self.source is not None:
+            self.image = self.source.rgb()
 
     def render(self, view: ViewParameters, size: tuple[int, int], out: np.ndarray) -> None:
         out[...] = self.backend.normalize(self.backend.to_tensor(render_view(self.image, view, size)))

@@ -8,7 +8,6 @@ for it. None changes its argument.
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 
 import cv2
@@ -27,7 +26,9 @@ def adjust_brightness(image: np.ndarray, factor: float) -> np.ndarray:
 
 def adjust_contrast(image: np.ndarray, factor: float) -> np.ndarray:
     """Blend with the image's mean grey: 0 is grey, 1 the image itself."""
-    mean = math.floor(cv2.mean(to_gray(image))[0] + 0.5)
+    means = cv2.mean(image)
+    mean = means[0] if image.ndim == 2 else 0.299 * means[0] + 0.587 * means[1] + 0.114 * means[2]
+    mean = math.floor(mean + 0.5)
     return cv2.addWeighted(image, factor, image, 0.0, (1.0 - factor) * mean + _CUT)
 
 
@@ -88,32 +89,26 @@ def _hue_chroma_value(image: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.nda
     decides, and that can be 6 levels in the result.
     """
     red, green, blue = cv2.split(image)
-    low, high = cv2.min(red, green), cv2.max(red, green)
-    value = cv2.max(high, blue)
-    middle = cv2.max(low, cv2.min(high, blue))
-    chroma = cv2.subtract(value, cv2.min(low, blue))
-    # As 16-bit numbers, the column 256 * (red < green) + (largest - middle), and the row.
-    red_below_green = (red < green).view(np.uint8)
-    blue_above = (red < blue).view(np.uint8) + (green < blue).view(np.uint8) * np.uint8(2)
-    places = cv2.merge([cv2.subtract(value, middle), red_below_green, chroma, blue_above]).view(np.int16)
+    value = np.maximum(np.maximum(red, green), blue)
+    chroma = value - np.minimum(np.minimum(red, green), blue)
+    # As 16-bit numbers, the column and the row in the table: low byte first.
+    green_below, blue_below = (green < red).view(np.uint8), (blue < red).view(np.uint8)
+    places = cv2.merge([green - red, green_below, blue - red, blue_below]).view(np.int16)
     return cv2.remap(_hues(), places, None, cv2.INTER_NEAREST), chroma, value
 
 
 @functools.cache
 def _hues() -> np.ndarray:
-    """Pillow's H of all colours, which only the order of the channels and their differences decide.
+    """Pillow's H of all colours: it depends on the differences of the channels only.
 
-    uint8 [4 * 256, 2 * 256]: row 512 * (green < blue) + 256 * (red < blue) + (largest - smallest), column
-    256 * (red < green) + (largest - middle).
+    uint8 [512, 512]: the row is blue - red, the column green - red; negative ones, plus 512, are the second half.
     """
-    smallest, middle = np.mgrid[255:-1:-1, 255:-1:-1].astype(np.uint8)
-    levels = np.stack([smallest, middle, np.full_like(smallest, 255)])
-    table = np.zeros((4, 256, 2, 256), np.uint8)
-    for red, green, blue in itertools.permutations(range(3)):
-        colours = np.ascontiguousarray(levels[[red, green, blue]].transpose(1, 2, 0))
-        hues = np.asarray(Image.fromarray(colours).convert("HSV"))[..., 0]
-        table[(red < blue) + 2 * (green < blue), :, int(red < green)] = hues
-    return table.reshape(4 * 256, 2 * 256)
+    differences = np.concatenate([np.arange(256), np.arange(-256, 0)])
+    blue, green = np.meshgrid(differences, differences, indexing="ij")
+    smallest = np.minimum(np.minimum(blue, green), 0)
+    colours = np.stack([-smallest, green - smallest, blue - smallest], axis=-1)
+    # Impossible ones, with differences above 255, are in the table only to fill it.
+    return np.array(Image.fromarray(np.minimum(colours, 255).astype(np.uint8)).convert("HSV"))[..., 0].copy()
 
 
 def _absence() -> np.ndarray:

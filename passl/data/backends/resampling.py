@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 
 import cv2
 import numpy as np
@@ -24,25 +25,26 @@ logger = logging.getLogger("passl")
 FloatBox = tuple[float, float, float, float]
 
 
+SLOW = (
+    "the package cykooz-resizer is not installed: Pillow resizes the views, which takes five times as long "
+    "(pip install cykooz-resizer; it needs Python 3.10 or later)"
+)
+_warned: list[str] = []
+
+
 def warn_if_slow() -> None:
-    """Say so once if the fast library is missing."""
-    if cykooz_resizer is None and not _warned:
-        _warned.append(True)
-        logger.warning(
-            "the package cykooz-resizer is not installed: Pillow resizes the views, which takes about six times as "
-            "long (pip install cykooz-resizer; it needs Python 3.10)"
-        )
-
-
-_warned: list[bool] = []
+    """Say so, once, if the fast library is missing."""
+    if cykooz_resizer is None and SLOW not in _warned:
+        _warned.append(SLOW)
+        logger.warning(SLOW)
 
 
 def resize(pixels: np.ndarray, box: FloatBox, size: tuple[int, int]) -> np.ndarray:
     """The part `box` of `pixels`, resized; no pixel that lies outside of the box entirely has a part in it.
 
     Args:
-        pixels: uint8 [H, W, 4], RGB and a channel without meaning. The library takes 1.4 times as long for pixels of
-            three bytes.
+        pixels: uint8 [H, W, 4], RGB and a channel without meaning, because the library takes 1.4 times as long for
+            pixels of three bytes; or [H, W, 3].
         size: (height, width) of the result.
 
     Returns:
@@ -50,7 +52,9 @@ def resize(pixels: np.ndarray, box: FloatBox, size: tuple[int, int]) -> np.ndarr
     """
     top, left, height, width = box
     row, column = int(top), int(left)
-    pixels = pixels[row : -int(-(top + height) // 1), column : -int(-(left + width) // 1)]
+    pixels = pixels[row : math.ceil(top + height), column : math.ceil(left + width)]
+    if pixels.shape[2] == 3:
+        pixels = cv2.cvtColor(pixels, cv2.COLOR_RGB2RGBA)
     inner = (top - row, left - column, height, width)
     return _with_pillow(pixels, inner, size) if cykooz_resizer is None else _with_cykooz(pixels, inner, size)
 

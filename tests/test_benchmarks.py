@@ -1,0 +1,22 @@
+"""The benchmarks run; what they measure is not tested."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+
+@pytest.mark.parametrize("images", [[], ["--images", str(Path(__file__).parent / "reference" / "aug_images")]])
+def test_multi_crop(images: list[str]) -> None:
+    command = [sys.executable, str(BENCHMARKS / "multi_crop.py"), "--number", "2", "--repeats", "1", *images]
+    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    lines = output.splitlines()
+    assert lines[0] == "2 images, 1 passes of each side, one thread"
+    rows = {line[:22].strip() for line in lines}
+    assert {"all", "decode", "draw", "crop", "colour", "blur", "pack"} <= rows
+    assert "official" in output  # measured, or said to be absent
