@@ -285,18 +285,22 @@ _TOLD_TO_END = 143  # as a shell says it of SIGTERM
 
 def _prepare_worker(parent_pid: int, worker_id: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the main process, which ends the workers.
-    # A thread that waits for the signal: a handler in Python does not run when the signal comes just before the main
-    # thread begins to wait for work, and this process would stay for ever.
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    threading.Thread(target=_end_when_told, args=(time.time(),), daemon=True).start()
+    # A handler in Python does not run when the signal comes just before the main thread begins to wait for work, and
+    # this process would stay for ever. What always comes is the byte that Python writes in the signal's C handler.
+    arrivals, wake_up = os.pipe()
+    os.set_blocking(wake_up, False)
+    signal.set_wakeup_fd(wake_up)
+    signal.signal(signal.SIGTERM, lambda number, frame: None)
+    threading.Thread(target=_end_when_told, args=(arrivals, time.time()), daemon=True).start()
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     if os.getppid() != parent_pid:  # It died before prctl.
         sys.exit(1)
     _use_one_thread()
 
 
-def _end_when_told(started: float) -> None:
-    signal.sigwait({signal.SIGTERM})
+def _end_when_told(arrivals: int, started: float) -> None:
+    while signal.SIGTERM not in os.read(arrivals, 1):
+        pass
     # The signal's default action would leave shared memory behind, and an orderly exit waits until all that this
     # worker made is read, which nobody may do any more. No other thread may share more in between.
     sys.setswitchinterval(60)
