@@ -2,18 +2,25 @@
 
 What the `DataLoader` leaves to its user, and is done here: an exception in a worker arrives as another type,
 so outcomes cross as data; a batch without any array ends the iteration silently; workers outlive a killed
-main process.
+main process; a worker that dies is noticed late, never (without shared memory), or by a signal handler that raises
+anywhere, and in no case is its sample named; what it shared stays in /dev/shm.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import gc
+import glob
+import mmap
+import multiprocessing.connection
 import os
 import pickle
 import signal
 import sys
+import threading
+import time
 import traceback
 from collections.abc import Iterator
 from typing import Any
@@ -25,10 +32,28 @@ from passl.data.batches import LoadedBatch, SampleError, load_batch
 from passl.data.samples import Samples
 
 _PR_SET_PDEATHSIG = 1
+_SECONDS_TO_END = 3.0  # for workers that are told to; then they are killed
+
+# Linear algebra and OpenMP: (part of the library's file name, functions one of which sets its number of threads).
+_THREAD_SETTERS = (
+    (
+        "openblas",
+        (
+            "openblas_set_num_threads",
+            "openblas_set_num_threads64_",
+            "scipy_openblas_set_num_threads",
+            "scipy_openblas_set_num_threads64_",
+        ),
+    ),
+    ("mkl_rt", ("MKL_Set_Num_Threads",)),
+    ("libgomp", ("omp_set_num_threads",)),
+    ("libiomp", ("omp_set_num_threads",)),
+    ("libomp", ("omp_set_num_threads",)),
+)
 
 
 class WorkerDiedError(RuntimeError):
-    """A worker process was killed or ended by itself."""
+    """A worker process was killed or ended by itself; the text names its end and the sample it was loading."""
 
 
 def load(
@@ -41,13 +66,17 @@ def load(
 ) -> Iterator[LoadedBatch]:
     """`load_batch` of each of `batches`, in order, by `num_workers` processes; arrays become Paddle tensors.
 
+    The processes start at the first batch and stay until the last. At most `num_workers * prefetch_factor` batches
+    are being made or waiting, beside the one that was yielded last. However it ends, no process and nothing in
+    /dev/shm is left.
+
     Raises:
         Exception: what `load_batch` raised in the worker; its cause holds the worker's traceback.
-        WorkerDiedError: a worker was killed. While this process is not waiting for a batch, Paddle's handler of
-            SIGCHLD is faster and raises SystemError.
+        WorkerDiedError: a worker was killed or ended; at the next batch, or at once while waiting for one.
     """
+    progress = _Progress(num_workers)
     loader = paddle.io.DataLoader(
-        _Batches(dataset, seed),
+        _Batches(dataset, seed, progress),
         batch_sampler=_OneByOne(batches),
         collate_fn=_only,
         num_workers=num_workers,
@@ -55,17 +84,17 @@ def load(
         use_shared_memory=use_shared_memory,
         worker_init_fn=functools.partial(_prepare_worker, os.getpid()),
     )
+    started = time.time()
     iterator = _started(loader)
     try:
-        for result in _results(iterator):
+        for result in _results(iterator, dataset, progress):
             bad_samples, error = pickle.loads(result["outcome"])
             if error is not None:
                 exception, trace = error
                 raise exception from SampleError(f"in a worker process:\n{trace}")
             yield LoadedBatch(result.get("arrays"), bad_samples)
     finally:
-        # There is no public way to stop the workers early, and a thread keeps the iterator alive.
-        iterator._try_shutdown_all()
+        _stop(iterator, started)
 
 
 def _started(loader: paddle.io.DataLoader) -> Any:
@@ -74,38 +103,148 @@ def _started(loader: paddle.io.DataLoader) -> Any:
     gc.collect()
     gc.freeze()
     try:
-        return iter(loader)
+        iterator = iter(loader)
     finally:
         gc.unfreeze()
+    # Paddle's handler of SIGCHLD would raise SystemError wherever this process is by then, even in its last lines.
+    paddle.base.core._erase_process_pids(id(iterator))
+    threading.Thread(target=_watch, args=(iterator,), name="passl-workers", daemon=True).start()
+    return iterator
 
 
-def _results(iterator: Any) -> Iterator[dict[str, Any]]:
+def _watch(iterator: Any) -> None:
+    """Wake the process that waits for a batch when a worker dies."""
+    while not iterator._workers_done_event.is_set():
+        multiprocessing.connection.wait([worker.sentinel for worker in iterator._workers], timeout=5)
+        # In this order: they are told to end before they do.
+        if any(not worker.is_alive() for worker in iterator._workers) and not iterator._workers_done_event.is_set():
+            iterator._exit_thread_unexpectedly()
+            return
+
+
+def _results(iterator: Any, dataset: Samples, progress: _Progress) -> Iterator[dict[str, Any]]:
     while True:
+        if dead := _dead(iterator):
+            raise WorkerDiedError(_obituary(dead, dataset, progress))
         try:
             result = next(iterator)
         except StopIteration:
             return
         except SystemError as error:
-            exit_codes = [worker.exitcode for worker in iterator._workers if worker.exitcode]
-            raise WorkerDiedError(
-                f"a data-loading worker ended unexpectedly (exit codes {exit_codes}; -9: killed). Not enough "
-                "memory, or /dev/shm too small? Try fewer num_workers, or give the container more shared memory"
-            ) from error
+            if dead := _dead(iterator):
+                raise WorkerDiedError(_obituary(dead, dataset, progress)) from error
+            raise
         yield result
+
+
+def _dead(iterator: Any) -> list[tuple[int, Any]]:
+    """(number, process) of the workers that ended although nobody told them to."""
+    if iterator._workers_done_event.is_set():
+        return []
+    return [(number, worker) for number, worker in enumerate(iterator._workers) if not worker.is_alive()]
+
+
+def _obituary(dead: list[tuple[int, Any]], dataset: Samples, progress: _Progress) -> str:
+    parts = []
+    for number, worker in dead:
+        end = f"ended by itself with exit code {worker.exitcode}"
+        if worker.exitcode is not None and worker.exitcode < 0:
+            end = f"was killed by signal {-worker.exitcode} ({_signal_name(-worker.exitcode)})"
+        parts.append(f"data-loading worker {number} (process {worker.pid}) {end} {progress.where(number, dataset)}")
+    codes = {worker.exitcode for _, worker in dead}
+    hints = [hint for code, hint in _HINTS.items() if code in codes] or [_OTHER_HINT]
+    return "; ".join(parts) + ". " + " ".join(hints)
+
+
+_HINTS = {
+    -signal.SIGKILL: "Without another reason it is the system that kills, for lack of memory: use fewer num_workers or "
+    "a smaller prefetch_factor, or look at the size of that image.",
+    -signal.SIGBUS: "/dev/shm is full, or a file was cut while it was read: give the container more shared memory, or "
+    "set use_shared_memory: false or a smaller prefetch_factor.",
+}
+_OTHER_HINT = "With num_workers: 0 the same happens in the training process, where a debugger can look at it."
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return "without a name"
+
+
+def _stop(iterator: Any, started: float) -> None:
+    """End the workers in every case, also those that are stuck, and remove what they shared.
+
+    Paddle's own way waits for each without a limit, and reads their queue to its end, where a killed worker may have
+    left half a message. It is taken only by Paddle itself, after the last batch.
+    """
+    if iterator._shutdown:
+        return
+    iterator._workers_done_event.set()
+    iterator._exit_thread_expectedly()
+    iterator._shutdown = True
+    for worker in iterator._workers:
+        worker.terminate()
+    deadline = time.monotonic() + _SECONDS_TO_END
+    for worker in iterator._workers:
+        worker.join(max(deadline - time.monotonic(), 0))
+        if worker.exitcode is None:
+            worker.kill()
+            worker.join()
+        if worker.exitcode != _TOLD_TO_END:  # else it cleaned up by itself
+            _remove_shared(worker.pid, started)
+    for queue in iterator._indices_queues:
+        queue.cancel_join_thread()
+        queue.close()
+
+
+def _remove_shared(pid: int, since: float) -> None:
+    """Remove from /dev/shm what the dead worker `pid` left; younger than `since`, as numbers come again."""
+    for name in glob.glob(f"/dev/shm/paddle_{pid}_*"):
+        with contextlib.suppress(OSError):
+            if os.stat(name).st_mtime >= since - 1:
+                os.unlink(name)
+
+
+class _Progress:
+    """What each worker is doing, in memory that the processes share: (state, epoch, index)."""
+
+    _NOTHING, _LOADING, _DONE = 0, 1, 2
+
+    def __init__(self, num_workers: int) -> None:
+        self._rows = np.frombuffer(mmap.mmap(-1, num_workers * 24), np.int64).reshape(num_workers, 3)
+
+    def entering(self, epoch: int, index: int) -> None:
+        """Called in the worker, before each sample."""
+        self._rows[paddle.io.get_worker_info().id] = self._LOADING, epoch, index
+
+    def leaving(self) -> None:
+        """Called in the worker, after each batch."""
+        self._rows[paddle.io.get_worker_info().id, 0] = self._DONE
+
+    def where(self, worker: int, dataset: Samples) -> str:
+        state, epoch, index = self._rows[worker].tolist()
+        if state == self._NOTHING:
+            return "before its first sample"
+        when = "while loading" if state == self._LOADING else "after loading"
+        return f"{when} sample {index} ({dataset.describe(index)}) in epoch {epoch}"
 
 
 class _Batches:
     """What the workers index: a whole batch is one item, so that exceptions are caught in one place."""
 
-    def __init__(self, dataset: Samples, seed: int) -> None:
+    def __init__(self, dataset: Samples, seed: int, progress: _Progress) -> None:
         self.dataset = dataset
         self.seed = seed
+        self.progress = progress
 
     def __getitem__(self, batch: list[tuple[int, int]]) -> dict[str, Any]:
+        _use_one_thread_of_opencv()
         try:
-            loaded = load_batch(self.dataset, batch, self.seed)
+            loaded = load_batch(self.dataset, batch, self.seed, entering=self.progress.entering)
         except Exception as error:
             return _result(None, [], (_picklable(error), traceback.format_exc()))
+        self.progress.leaving()
         return _result(loaded.arrays, loaded.bad_samples, None)
 
 
@@ -139,14 +278,61 @@ def _picklable(error: Exception) -> Exception:
     return error
 
 
+# --- in the worker: its signals and its threads ---
+
+_TOLD_TO_END = 143  # as a shell says it of SIGTERM
+
+
 def _prepare_worker(parent_pid: int, worker_id: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the main process, which ends the workers.
-    signal.signal(signal.SIGTERM, _exit_on_signal)
+    # A handler in Python does not run when the signal comes just before the main thread begins to wait for work, and
+    # this process would stay for ever. What always comes is the byte that Python writes in the signal's C handler.
+    arrivals, wake_up = os.pipe()
+    os.set_blocking(wake_up, False)
+    signal.set_wakeup_fd(wake_up)
+    signal.signal(signal.SIGTERM, lambda number, frame: None)
+    threading.Thread(target=_end_when_told, args=(arrivals, time.time()), daemon=True).start()
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     if os.getppid() != parent_pid:  # It died before prctl.
         sys.exit(1)
+    _use_one_thread()
+
+
+def _end_when_told(arrivals: int, started: float) -> None:
+    while signal.SIGTERM not in os.read(arrivals, 1):
+        pass
+    # The signal's default action would leave shared memory behind, and an orderly exit waits until all that this
+    # worker made is read, which nobody may do any more. No other thread may share more in between.
+    sys.setswitchinterval(60)
+    paddle.base.core._cleanup_mmap_fds()
+    _remove_shared(os.getpid(), started)  # Paddle 2 forgets what it has sent
+    os._exit(_TOLD_TO_END)
+
+
+def _use_one_thread() -> None:
+    """The cores are divided among workers; threads inside each would only get into each other's way."""
     paddle.base.core.set_num_threads(1)
+    with open("/proc/self/maps", encoding="utf-8", errors="surrogateescape") as maps:
+        libraries = {line.split(maxsplit=5)[5].rstrip("\n") for line in maps if ".so" in line}
+    for path in libraries:
+        for part, setters in _THREAD_SETTERS:
+            if part in os.path.basename(path):
+                _call_first(path, setters, 1)
 
 
-def _exit_on_signal(signal_number: int, frame: Any) -> None:
-    sys.exit(1)  # Runs the worker's clean-up of shared memory, which the signal's default action would not.
+def _call_first(library: str, functions: tuple[str, ...], value: int) -> None:
+    try:
+        loaded = ctypes.CDLL(library)
+    except OSError:  # replaced on the disk since it was loaded
+        return
+    for name in functions:
+        if hasattr(loaded, name):
+            getattr(loaded, name)(value)
+            return
+
+
+def _use_one_thread_of_opencv() -> None:
+    # At each batch: a transform may import it at its first image.
+    opencv = sys.modules.get("cv2")
+    if opencv is not None:
+        opencv.setNumThreads(1)
