@@ -112,6 +112,7 @@ class MultiCrop:
             "global_solarize_probs": global_solarize_probs,
         }
         self.raw_backend = RawBackend(mean, std)
+        self.backend_name = backend
         # For other numbers of channels it is there for its name to be checked.
         self.backend = make_backend(backend, *((mean, std) if len(mean) == 3 else (IMAGENET_MEAN, IMAGENET_STD)))
         self.takes_pictures = len(mean) == 3

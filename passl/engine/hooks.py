@@ -15,6 +15,7 @@ import passl
 from passl import distributed
 from passl.checkpoint import CheckpointStore
 from passl.data.loader import Loader
+from passl.engine.data_wait import DataWait
 from passl.engine.trainer import Trainer
 from passl.log import Average, MetricsFile, duration
 
@@ -44,6 +45,7 @@ class LogHook:
         self._batch_cost = Average()
         self._reader_cost = Average()
         self._samples = Average()
+        self._data_wait = DataWait()
         self._file: Optional[MetricsFile] = None
         self._writer: Any = None
         self._bar: Optional[tqdm] = None
@@ -64,6 +66,7 @@ class LogHook:
         self._batch_cost.update(trainer.batch_seconds)
         self._reader_cost.update(trainer.reader_seconds)
         self._samples.update(trainer.batch_samples * distributed.world_size())
+        self._data_wait.update(trainer.reader_seconds, trainer.batch_seconds)
         # The first line comes after the first step, so that a wrong setting shows at once.
         step_in_epoch = (trainer.step - 1) % trainer.timeline.steps_per_epoch
         if step_in_epoch % self.interval == 0 or trainer.step == trainer.stop_step or trainer.at_epoch_end:
@@ -124,8 +127,10 @@ class LogHook:
             f"[Epoch {trainer.epoch + 1}/{trainer.epochs}][Iter: {step_in_epoch}/{trainer.timeline.steps_per_epoch}]"
         )
         logger.info("[Train]%s %s", place, ", ".join(parts))
-        speed = {"batch_cost": batch_cost, "reader_cost": reader_cost, "ips": ips}
+        data_wait = reader_cost / batch_cost if batch_cost else 0.0
+        speed = {"batch_cost": batch_cost, "reader_cost": reader_cost, "data_wait": data_wait, "ips": ips}
         self.record(trainer.step, {"epoch": trainer.epoch + 1, **metrics, **trainer.values, **speed}, "train")
+        self._data_wait.judge(trainer.loader)
         if self._bar is not None:
             self._bar.set_postfix_str(f"loss {metrics['loss']:.3f}, {ips:.1f} images/s", refresh=False)
         self._recent = {}
@@ -133,7 +138,8 @@ class LogHook:
 
     def _print_epoch(self, trainer: Trainer) -> None:
         means = ", ".join(f"{name}: {average.mean:.5f}" for name, average in self._epoch.items())
-        logger.info("[Train][Epoch %d/%d][Avg] %s", trainer.epoch + 1, trainer.epochs, means)
+        waited = f"waiting for data: {100 * self._data_wait.epoch_share():.1f} %"
+        logger.info("[Train][Epoch %d/%d][Avg] %s, %s", trainer.epoch + 1, trainer.epochs, means, waited)
         self._epoch = {}
 
 
