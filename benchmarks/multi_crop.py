@@ -98,6 +98,7 @@ def _passl_functions(backend: str, transform: multi_crop.MultiCrop) -> list[tupl
         return [
             draw,
             ("decode", transform.backend, ["open"]),
+            ("decode", pillow._PillowImage, ["decode"]),
             ("pack", pillow._PillowImage, ["render"]),
             ("crop", pillow, ["resized_crop", "horizontal_flip"]),
             ("colour", pillow, ["apply_color_jitter", "grayscale", "solarize"]),

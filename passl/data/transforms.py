@@ -7,6 +7,7 @@ and call the functions, the others ignore it. Sizes are an int or `[height, widt
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Optional
@@ -206,13 +207,19 @@ def draw_color_jitter(rng: Generator, brightness: float, contrast: float, satura
     The first three factors are uniform in `max(0, 1 - strength) .. 1 + strength`, the hue's in `-hue .. hue`;
     an operation of strength 0 is left out.
     """
-    steps = []
-    for name, strength in (("brightness", brightness), ("contrast", contrast), ("saturation", saturation)):
-        if strength > 0:
-            steps.append((name, uniform(rng, max(0.0, 1.0 - strength), 1.0 + strength)))
-    if hue > 0:
-        steps.append(("hue", uniform(rng, -hue, hue)))
+    ranges = _jitter_ranges(brightness, contrast, saturation, hue)
+    steps = [(name, uniform(rng, low, high)) for name, low, high in ranges]
     return tuple([steps[i] for i in rng.permutation(len(steps)).tolist()])
+
+
+@functools.lru_cache
+def _jitter_ranges(
+    brightness: float, contrast: float, saturation: float, hue: float
+) -> tuple[tuple[str, float, float], ...]:
+    """(operation, lowest factor, highest factor), without those that change nothing."""
+    blends = (("brightness", brightness), ("contrast", contrast), ("saturation", saturation))
+    ranges = [(name, max(0.0, 1.0 - strength), 1.0 + strength) for name, strength in blends if strength > 0]
+    return (*ranges, ("hue", -hue, hue)) if hue > 0 else tuple(ranges)
 
 
 def apply_color_jitter(image: AnyImage, steps: JitterSteps) -> AnyImage:

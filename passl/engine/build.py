@@ -104,7 +104,7 @@ def train_loader(config: Config, seed: int) -> Loader:
         raise ConfigError([f"DataLoader.Train.sampler: {error}"]) from error
     dataset.pool = sampler.subset
     try:
-        return Loader(dataset, sampler, loading.num_workers, seed, use_shared_memory=loading.use_shared_memory)
+        return Loader(dataset, sampler, loading.num_workers, seed, loading.prefetch_factor, loading.use_shared_memory)
     except ValueError as error:
         raise ConfigError([f"DataLoader.Train.loader: {error}"]) from error
 

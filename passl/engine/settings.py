@@ -73,6 +73,7 @@ class LoaderSettings:
     """``DataLoader.*.loader``"""
 
     num_workers: int = 4
+    prefetch_factor: int = 2  # batches that each worker prepares in advance
     use_shared_memory: bool = True
 
 

@@ -82,10 +82,8 @@ class _ArrayImage(OpenedImage):
             self.pixels = cv2.cvtColor(self.pixels, cv2.COLOR_RGB2RGBA)
 
     def render(self, view: ViewParameters, size: tuple[int, int], out: np.ndarray) -> None:
-        box = view.box
-        image = resampling.resize(
-            self.pixels, tuple(x / self.scale for x in (box.top, box.left, box.height, box.width)), size
-        )
+        box = view.box if self.scale == 1 else tuple(x / self.scale for x in view.box)
+        image = resampling.resize(self.pixels, box, size)
         if view.flip:
             image = ops.horizontal_flip(image)
         image = apply_color_jitter(image, view.jitter)
