@@ -240,7 +240,9 @@ def test_a_run_ends_early_and_keeps_its_best(folder, stopped):
     text = (
         "stopping early after epoch 5 of 8: 3 measurements without a new best (patience 3, min_epoch 2); the best is "
     )
-    assert text + "that of epoch 2" in (run / "train.log").read_text()
+    log = (run / "train.log").read_text()
+    assert text + "that of epoch 2" in log
+    assert "not above its student (60.00000): 2 without a new best (patience 3)" in log
 
 
 def test_a_stopped_run_is_not_trained_on_unless_told_to(folder, stopped):
