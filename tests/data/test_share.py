@@ -71,7 +71,7 @@ def test_processes_share_it(world_size: int) -> None:
         ({"pct": 10}, r"pct \(10\) must be"),
         ({"pct": -0.1}, r"pct \(-0.1\) must be"),
         ({"pct": float("nan")}, r"pct \(nan\) must be"),
-        ({"pct": 0.1}, r"5 samples \(pct 0.1 of 50\) do not fill one global batch of 6 .*: raise pct, lower .* or set drop"),
+        ({"pct": 0.1}, r"5 samples \(pct 0.1 of 50\) do not fill one global batch of 6 .*: raise pct, lower .* or set"),
         ({"pct": 0.01, "drop_last": False}, r"0 samples \(pct 0.01 of 50\) do not fill .*: raise pct$"),
     ],
 )  # fmt: skip
