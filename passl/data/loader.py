@@ -82,10 +82,12 @@ class EpochSampler:
         self.global_batch_size = batch_size * world_size
         self.steps_per_epoch = count // self.global_batch_size if drop_last else -(-count // self.global_batch_size)
         if self.steps_per_epoch == 0:
-            share, remedy = (f" (pct {pct} of {length})", "raise pct, ") if self.subset is not None else ("", "")
+            share = "" if self.subset is None else f" (pct {pct} of {length})"
+            remedies = ["raise pct"] if share else []
+            remedies += ["lower batch_size or set drop_last: false"] if count else []
             raise ValueError(
                 f"{count} samples{share} do not fill one global batch of {batch_size} x {world_size} process(es): "
-                f"{remedy}lower batch_size{'' if count == 0 else ' or set drop_last: false'}"
+                f"{', '.join(remedies) or 'add images'}"
             )
         self.length = length
         self.num_samples = count

@@ -176,7 +176,7 @@ class EarlyStoppingHook:
         if state["counter"]:
             reason = "below the best" if teacher < state["best"] else "not above its student"
             logger.info(
-                "[Eval][Epoch %d] early stopping: the teacher (%.5f) is %s (%.5f): %d of %d",
+                "[Eval][Epoch %d] early stopping: the teacher (%.5f) is %s (%.5f): %d without a new best (patience %d)",
                 trainer.epoch + 1,
                 teacher,
                 reason,

@@ -46,10 +46,10 @@ def load_given(settings: GlobalSettings, model: nn.Layer, doing: str) -> bool:
 def identity_of(loader: Loader, line: Timeline, seed: int) -> dict[str, float]:
     """What must be the same for a run to be the same: with another value its batches are others."""
     return {
+        "pct": loader.sampler.pct,  # first, as it explains the next one
         "steps_per_epoch": line.steps_per_epoch,
         "global_batch_size": line.global_batch_size,
         "length": len(loader.dataset),
-        "pct": loader.sampler.pct,
         "seed": seed,
     }
 

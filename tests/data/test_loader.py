@@ -101,7 +101,7 @@ def test_processes_share_the_batches_that_one_process_would_have(world_size: int
     ("arguments", "message"),
     [
         ({"length": 5, "batch_size": 6}, "5 samples do not fill one global batch of 6 x 1 process"),
-        ({"length": 0, "batch_size": 6, "drop_last": False}, "0 samples do not fill"),
+        ({"length": 0, "batch_size": 6, "drop_last": False}, "0 samples do not fill .*: add images"),
         ({"length": 5, "batch_size": 0}, r"batch_size \(0\) must be at least 1"),
         ({"length": 5, "batch_size": 1, "rank": 2, "world_size": 2}, r"rank \(2\) must be .* less than"),
     ],

@@ -167,6 +167,8 @@ def test_a_damaged_archive_is_named(tmp_path):
         source.write_bytes(damaged)
         with pytest.raises(ValueError, match=f"cifar-10-python.tar.gz: .*({message})"):
             cifar_splits(source, CIFAR10, "classes")
+    with pytest.raises(ValueError, match=r"[^\n]*not a tar archive \(file could not be opened successfully\)$"):
+        cifar_splits(source, CIFAR10, "classes")
 
 
 def test_a_missing_batch_is_an_error(tmp_path):

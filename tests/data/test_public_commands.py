@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import os
@@ -17,9 +18,10 @@ from passl import download
 from passl.cli import data_main
 from passl.cli.data.public import read_dotenv
 from passl.data.datasets import ImageFolder
+from passl.data.public import sinks
 from passl.data.tar_dataset import TarDataset
 from tests.file_server import serving
-from tests.public_archives import CIFAR10_NAMES, WNIDS, Cifar10, Cifar100, ImageNet, write_tar
+from tests.public_archives import CIFAR10_NAMES, WNIDS, Cifar10, Cifar100, ImageNet, jpeg, write_tar
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -208,6 +210,33 @@ def test_one_split_and_named_labels(capsys):
     assert "train: 7 images in 3 classes\n" in capsys.readouterr().out
 
 
+def test_splits_that_are_written_one_by_one_share_the_numbers_of_classes(capsys):
+    """Also where a class of the one is not in the other."""
+    for split, classes in (("val", WNIDS[1:]), ("train", WNIDS)):
+        for name in classes:
+            (Path("in") / split / name).mkdir(parents=True)
+            (Path("in") / split / name / "1.JPEG").write_bytes(jpeg(1))
+    for split in ("val", "train"):
+        data_main(["imagenet-folder", "--from", "in", "--out", "out", "--tar", "--split", split])
+        assert f"{split}_dataset.tar: " in capsys.readouterr().out
+    train, val = TarDataset("out", "train"), TarDataset("out", "val")
+    assert train.class_names == val.class_names == WNIDS
+    assert (train.labels.tolist(), val.labels.tolist()) == ([0, 1, 2], [1, 2])
+
+
+def test_links_that_cannot_be_say_what_to_do(capsys, monkeypatch):
+    ImageNet().write_kaggle(Path("kaggle"))
+    error = stopped(capsys, "imagenet-folder", "--from", "kaggle", "--tar", "--link", "hard")
+    assert "a tarball holds the images themselves: leave out --link hard, or --tar" in error
+
+    def other_disk(source: Path, target: Path) -> None:
+        raise OSError(errno.EXDEV, "Invalid cross-device link", str(source), None, str(target))
+
+    monkeypatch.setitem(sinks.LINKS, "hard", other_disk)
+    error = stopped(capsys, "imagenet-folder", "--from", "kaggle", "--link", "hard")
+    assert "hard links need the same disk: --link symbolic, or copy: 'kaggle/" in error
+
+
 def test_imagenet_that_is_not_there_says_what_to_put_where(capsys):
     for _ in range(2):
         error = stopped(capsys, "imagenet-folder")
@@ -252,7 +281,9 @@ def test_imagenet_hf_from_a_folder(capsys):
 def test_the_hub_wants_a_token(capsys, monkeypatch):
     library = pytest.importorskip("huggingface_hub")
     monkeypatch.setattr(library, "get_token", lambda: None)
-    assert "make a token that may read at https://huggingface.co/settings/tokens" in stopped(capsys, "imagenet-hf")
+    error = stopped(capsys, "imagenet-hf")
+    assert "make a token that may read at https://huggingface.co/settings/tokens" in error
+    assert "files that are here already need none: passl-data imagenet-hf --from FOLDER" in error
 
 
 def test_the_token_is_of_the_environment_or_of_dotenv(monkeypatch, capsys):

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from passl.data.public.journal import Journal
 from passl.data.public.output import PublicImage, Split, SplitSource, Unit
 
 SETTINGS = {"data set": "a", "labels": "fine"}
@@ -191,6 +192,23 @@ def test_images_of_one_name_are_an_error(tmp_path):
     units = [Unit(name, lambda before: iter([image])) for name in ("one", "two")]
     with pytest.raises(ValueError, match="has 1 images, and 2 were written to it"):
         Split(tmp_path, "train", SETTINGS).write(SplitSource("there", units))
+
+
+def test_units_of_one_name_are_an_error(tmp_path):
+    """Two archives of one class in ImageNet's, say: the journal could not tell them apart."""
+    unit = Unit("n01440764", lambda before: iter([PublicImage("a", "1.png", b"1")]))
+    with pytest.raises(ValueError, match="here: n01440764 is there twice"):
+        Split(tmp_path, "train", SETTINGS).write(SplitSource("here", [unit, unit]))
+    assert not (tmp_path / "train").exists()
+
+
+def test_a_unit_is_on_the_disk_before_it_counts(tmp_path, monkeypatch):
+    """Its source may be deleted then."""
+    events = []
+    monkeypatch.setattr(os, "sync", lambda: events.append("sync"))
+    monkeypatch.setattr(Journal, "add", lambda self, entry: events.append(next(iter(entry))) or self._take(entry))
+    Split(tmp_path, "train", SETTINGS).write(Source().split())
+    assert events == ["settings", *3 * ["sync", "unit"], "complete"]
 
 
 def test_a_split_without_images_is_an_error(tmp_path):

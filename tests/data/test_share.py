@@ -71,8 +71,8 @@ def test_processes_share_it(world_size: int) -> None:
         ({"pct": 10}, r"pct \(10\) must be"),
         ({"pct": -0.1}, r"pct \(-0.1\) must be"),
         ({"pct": float("nan")}, r"pct \(nan\) must be"),
-        ({"pct": 0.1}, r"5 samples \(pct 0.1 of 50\) do not fill one global batch of 6 .*: raise pct, lower batch"),
-        ({"pct": 0.01, "drop_last": False}, r"0 samples \(pct 0.01 of 50\) do not fill .*: raise pct"),
+        ({"pct": 0.1}, r"5 samples \(pct 0.1 of 50\) do not fill one global batch of 6 .*: raise pct, lower .* or set"),
+        ({"pct": 0.01, "drop_last": False}, r"0 samples \(pct 0.01 of 50\) do not fill .*: raise pct$"),
     ],
 )  # fmt: skip
 def test_wrong_shares(arguments: dict, text: str) -> None:
@@ -122,6 +122,9 @@ def test_a_run_on_a_share_and_its_resume(folder: Path) -> None:
         "saved with pct 0.55, this run has 0.6: it would not be the same run. Use the same data, share of it (pct)"
         in text
     )
+    code, text = train(folder, **{**resume, "DataLoader__Train__sampler__pct": 0.3})  # fewer steps
+    assert code == 1
+    assert "saved with pct 0.55, this run has 0.3" in text
     code, text = train(folder, **resume)
     assert code == 0, text
     assert "at step 4 (epoch 3)" in text

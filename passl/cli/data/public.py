@@ -19,10 +19,10 @@ _INTERRUPTED = 130  # as a shell says that Ctrl-C ended a command
 _CIFAR = """\
 {title}: 50,000 training and 10,000 test images of 32 x 32 pixels, {classes}.
 
-  passl-data {name}                                  download, and write dataset/{name}/{{train,test}}/<class>/*.png
-  passl-data {name} --from {archive}   the same without a network
-  passl-data {name} --from FOLDER                    an unpacked archive, or class folders in train and test
-  passl-data {name} --tar                            tarballs with an index, for TarDataset, not {number} files
+  passl-data {name}                  download, and write dataset/{name}/{{train,test}}/<class>/*.png
+  passl-data {name} --from ARCHIVE   the same without a network: {archive}
+  passl-data {name} --from FOLDER    an unpacked archive, or class folders in train and test
+  passl-data {name} --tar            tarballs with an index, for TarDataset, not {number} files
 
 Disk: {size} for the archive, 250 MB for the class folders, 200 MB for the tarballs. Images are lossless (PNG); their
 number is their place in the archive. An interrupted download or conversion goes on when the command is typed again;
@@ -284,21 +284,23 @@ def _convert(
     """Write the splits that are not complete, then the index of tarballs, and say what there is."""
     from passl.data.public.output import Split
 
-    wanted = [name for name in published if getattr(options, "split", None) in (None, name)]
-
     link = getattr(options, "link", "copy")
-    splits = {name: Split(options.out, name, settings, published[name], options.tar, link) for name in wanted}
+    if options.tar and link != "copy":
+        raise ValueError(f"a tarball holds the images themselves: leave out --link {link}, or --tar")
+    wanted = [name for name in published if getattr(options, "split", None) in (None, name)]
+    # Tarballs in one folder share the numbers of their classes: one that an earlier run wrote counts too.
+    names = list(published) if options.tar else wanted
+    splits = {name: Split(options.out, name, settings, published[name], options.tar, link) for name in names}
     reports = {name: split.complete() for name, split in splits.items()}
-    if not all(reports.values()):
+    if not all(reports[name] for name in wanted):
         found = sources()
-        for name, split in splits.items():
+        for name in wanted:
             if reports[name] is None and name in found:
-                reports[name] = split.write(found[name])
-    written = {name: report for name, report in reports.items() if report}
-    if not written:
+                reports[name] = splits[name].write(found[name])
+    if not any(reports[name] for name in wanted):
         raise FileNotFoundError(f"nothing of {' and '.join(wanted)} is there")
     if options.tar:
-        _index(options.out, written)
+        _index(options.out, {name: report for name, report in reports.items() if report})
     for name in wanted:
         _say(name, reports[name], published[name])
 

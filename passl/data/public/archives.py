@@ -108,7 +108,8 @@ def _blaming(path: Path) -> Iterator[None]:
     except EOFError:
         raise TarError(f"{path}: cut off: its compressed data end too early; copy or download it again") from None
     except (tarfile.TarError, zlib.error) as error:
-        raise TarError(f"{path}: damaged, cut off, or not a tar archive ({error})") from None
+        reason = str(error).partition(":\n")[0]  # what it says of each compression is left out
+        raise TarError(f"{path}: damaged, cut off, or not a tar archive ({reason})") from None
     except OSError as error:
         if error.errno is not None:
             raise

@@ -68,7 +68,7 @@ class Hub:
 _ADVICE = (
     f"Log in there, accept the licence at {PAGE}, make a token that may read at "
     "https://huggingface.co/settings/tokens, and set it: HF_TOKEN=hf_... in the environment, or in a file "
-    ".env in this folder"
+    ".env in this folder. Parquet files that are here already need none: passl-data imagenet-hf --from FOLDER"
 )
 
 

@@ -151,6 +151,9 @@ class Split:
 
     def _convert(self, source: SplitSource) -> None:
         units = [unit.name for unit in source.units]
+        if len(set(units)) < len(units):  # the journal knows them by name, so a second one would be left out
+            twice = next(name for name in units if units.count(name) > 1)
+            raise ValueError(f"{source.origin}: {twice} is there twice")
         start = {"settings": self._settings, "origin": source.origin, "part": source.part, "units": units}
         if self._journal.start != start or self._journal.end or not self._partial.exists():
             self._remove_partial()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import shutil
@@ -40,17 +41,26 @@ class FolderSink:
         if os.path.lexists(path):
             path.unlink()
         if isinstance(content, Path):
-            self._link(content, path)
+            self._put(content, path)
         else:
             path.write_bytes(content)
 
+    def _put(self, source: Path, path: Path) -> None:
+        try:
+            self._link(source, path)
+        except OSError as error:
+            if error.errno != errno.EXDEV:
+                raise
+            advice = "hard links need the same disk: --link symbolic, or copy"
+            raise OSError(error.errno, advice, str(source), None, str(path)) from None
+
     def position(self) -> int:
-        """Where the next run can go on: not needed for files."""
+        """All is on the disk; where the next run can go on is not needed for files."""
+        os.sync()
         return 0
 
     def finish(self) -> None:
-        """All is on the disk."""
-        os.sync()
+        """Nothing is left to write."""
 
     def close(self) -> None:
         """Nothing is open."""
