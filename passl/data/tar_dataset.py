@@ -16,6 +16,7 @@ from passl.data.tar_index import CLASS_IDS, COHORTS, entries_name, names_name
 from passl.data.tar_lists import base_name, shortened
 from passl.data.tar_members import BLOCK, PositionalFile, TarError, header_before, path_in, printable
 from passl.data.tar_names import Names, read_names, read_rows
+from passl.formats.limits import DAMAGE
 from passl.registry import DATASETS
 
 PathLike = Union[str, os.PathLike]
@@ -173,7 +174,7 @@ def _first(root: Path, names: Sequence[str]) -> Optional[Path]:
 def _read_entries(path: Path) -> np.ndarray:
     try:
         entries = np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
-    except (EOFError, ValueError) as error:  # an empty file; objects, or damage
+    except DAMAGE as error:  # objects, an empty or a damaged file
         raise TarError(f"{path} is no index of a tarball: {error}") from error
     if entries.dtype.kind not in "ui" or entries.ndim != 2 or entries.shape[1] not in (4, 5):
         raise TarError(

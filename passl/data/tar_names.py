@@ -288,7 +288,9 @@ class _IndexMachine(PickleMachine):
                 position = end
                 continue
             start, end = self._text(position)
-            add(number, data[start:end])
+            encoded = data[start:end]
+            encoded.decode("utf-8", "surrogatepass")  # damage is told now, not in the middle of a run
+            add(number, encoded)
             code = data[end]
             if code in (0x94, 0x71, 0x72):  # MEMOIZE, BINPUT, LONG_BINPUT
                 texts.append(position)
