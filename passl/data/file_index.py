@@ -212,13 +212,20 @@ def _walk(
             name = entry.name
             if name.startswith("."):
                 continue
-            if entry.is_dir():
+            if _is_folder(entry):
                 below.append(name)
             elif os.path.splitext(name)[1].lower() in extensions:
                 names.append(name)
     yield folder, status.st_mtime_ns, names
     for name in below:
         yield from _walk(root, os.path.join(folder, name), extensions, above | {identity})
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself, or to where nobody may look: a sample that cannot be read, if it is an image
+        return False
 
 
 def _time(path: str) -> int:

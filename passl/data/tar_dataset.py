@@ -16,6 +16,7 @@ from passl.data.tar_index import CLASS_IDS, COHORTS, entries_name, names_name
 from passl.data.tar_lists import base_name, shortened
 from passl.data.tar_members import BLOCK, PositionalFile, TarError, header_before, path_in, printable
 from passl.data.tar_names import Names, read_names, read_rows
+from passl.formats.limits import DAMAGE
 from passl.registry import DATASETS
 
 PathLike = Union[str, os.PathLike]
@@ -156,7 +157,9 @@ def _open(root: Path, prefix: Optional[str], suffix: Optional[str], tarball: Opt
         if tarball is not None:
             raise ValueError(f"{entries_path} is over several tarballs, which are beside it: leave out tarball")
         for number, cohort in _cohorts(root, entries[:, 4]):
-            path = _tarball(root, [f"{cohort}.tar", cohort], None)
+            path = _first(root, [f"{cohort}.tar", cohort])
+            if path is None:
+                raise FileNotFoundError(f"{root} has no {cohort}.tar, which {entries_path.name} has images of")
             tarballs[number] = _Tarball(PositionalFile(path), _names(root, [cohort], path))
     else:
         path = _tarball(root, _standard_names(prefix), tarball)
@@ -173,7 +176,7 @@ def _first(root: Path, names: Sequence[str]) -> Optional[Path]:
 def _read_entries(path: Path) -> np.ndarray:
     try:
         entries = np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
-    except ValueError as error:  # objects, an empty or a damaged file
+    except DAMAGE as error:  # objects, an empty or a damaged file
         raise TarError(f"{path} is no index of a tarball: {error}") from error
     if entries.dtype.kind not in "ui" or entries.ndim != 2 or entries.shape[1] not in (4, 5):
         raise TarError(
@@ -182,7 +185,7 @@ def _read_entries(path: Path) -> np.ndarray:
         )
     if not len(entries):
         raise TarError(f"{path} has no entries")
-    if (entries[:, 3] < entries[:, 2]).any() or entries.max() >= 1 << 63:
+    if (entries[:, 3] < entries[:, 2]).any() or entries.min() < 0 or entries.max() >= 1 << 63:
         raise TarError(f"{path} is damaged: it has offsets that make no sense")
     return entries
 

@@ -190,7 +190,10 @@ class _Scan:
                 unmet = chosen.unmet()
                 notes.append(f"{len(unmet)} name(s) of {chosen.path} are not in the tarball: {shortened(unmet)}")
         if not self._walk.has_end:
-            notes.append("the blocks of zeros that end an archive are missing: it may be cut off")
+            notes.append(
+                f"the blocks of zeros that end an archive are missing at offset {self._walk.size}, behind "
+                f"{printable(self._walk.last)!r}: it may be cut off"
+            )
         return notes
 
 

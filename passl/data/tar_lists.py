@@ -5,8 +5,9 @@ from __future__ import annotations
 import csv
 import io
 import os
-from collections.abc import Sequence
-from typing import Optional, Protocol, Union
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any, Optional, Protocol, Union
 
 import numpy as np
 
@@ -44,7 +45,7 @@ class NameList:
         text = _read_text(self.path)
         lines = [line.strip() for line in text.split("\n") if line.strip()]
         if self.path.lower().endswith(".csv"):
-            rows = list(csv.reader(io.StringIO(text, newline="")))
+            rows = list(_rows(self.path, csv.reader(io.StringIO(text, newline=""), strict=True)))
             lines = _column(self.path, [row for row in rows if any(map(str.strip, row))], column)
         if not lines:
             raise TarError(f"{self.path} lists no files")
@@ -127,15 +128,16 @@ class CsvLabels:
         class_name: str = "class",
     ) -> None:
         self.path = os.fspath(path)
-        reader = csv.DictReader(io.StringIO(_read_text(self.path), newline=""))
-        columns = reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
+        text = _read_text(self.path)
+        reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+        columns = reader.fieldnames = [name.strip() for name in next(_rows(self.path, reader.reader), ())]
         if file_name not in columns or not {label_name, class_name} & set(columns):
             raise TarError(
                 f"{self.path}: line 1: the header must name the columns {file_name!r} and {label_name!r} (and, "
                 f"optionally, {class_name!r}); it is {','.join(columns)!r}"
             )
         rows = []
-        for row in reader:
+        for row in _rows(self.path, reader):
             values = [(row.get(name) or "").strip() for name in (file_name, label_name, class_name)]
             if not values[0] or not (values[1] or values[2]):
                 raise TarError(f"{self.path}: line {reader.line_num}: no {file_name} or no {label_name}")
@@ -152,8 +154,11 @@ class CsvLabels:
             label.isdecimal() or (label.endswith(".0") and label[:-2].isdecimal()) for _, _, label, _ in rows
         )
         names = sorted({label or name for _, _, label, name in rows})
+        number_of = {name: number for number, name in enumerate(names)}
         for line, file, label, name in rows:
-            number = int(label.partition(".")[0]) if numbered else names.index(label or name)
+            number = int(label.partition(".")[0]) if numbered else number_of[label or name]
+            if re.fullmatch(r"-\d+(\.\d*)?", label):
+                raise TarError(f"{self.path}: line {line}: labels are whole numbers from 0, or words, not {label}")
             class_name = name or (f"class_{number}" if numbered else label)
             if number > _MAX_LABEL:
                 raise TarError(f"{self.path}: line {line}: label {label} is above {_MAX_LABEL}")
@@ -199,6 +204,15 @@ def _read_text(path: str) -> str:
     with open(path, "rb") as file:
         # utf-8-sig: spreadsheets begin their files with a byte order mark. Names in a tarball are any bytes.
         return file.read().decode("utf-8-sig", "surrogateescape").replace("\r\n", "\n")
+
+
+def _rows(path: str, reader: Any) -> Iterator[Any]:
+    """What a reader of csv gives. Raises TarError: a quote is not closed, or the like."""
+    try:
+        yield from reader
+    except csv.Error as error:
+        line = reader.line_num
+        raise TarError(f"{path}: line {line}: {error}; is a quotation mark missing, or is it no csv?") from error
 
 
 def _column(path: str, rows: list[list[str]], column: str) -> list[str]:

@@ -80,12 +80,16 @@ class PositionalFile:
         return os.pread(self._file.fileno(), size, start)
 
     def size(self) -> int:
-        """Bytes. Raises FileNotFoundError; IsADirectoryError for a folder."""
+        """Bytes. Raises FileNotFoundError; IsADirectoryError for a folder; TarError for a pipe or a device."""
         path = Path(self.path)
         if path.is_dir():
             raise IsADirectoryError(f"{self.path} is a folder, not a tarball")
         if not path.exists():
             raise FileNotFoundError(f"there is no file {self.path}")
+        if not path.is_file():  # opening a pipe waits for its writer
+            raise TarError(
+                f"{self.path} is a pipe or a device; images are read from anywhere in a tarball, which must be a file"
+            )
         return path.stat().st_size
 
 
@@ -102,6 +106,7 @@ class TarWalk:
 
     Attributes:
         offset: where the walk is; after the last member, where the archive ends.
+        last: path of the last member so far.
         has_end: the blocks of zeros that end an archive are there.
     """
 
@@ -112,7 +117,7 @@ class TarWalk:
         self._ignore_zeros = ignore_zeros
         self._file = PositionalFile(tarball)
         self.size = self._file.size()
-        self._last = ""
+        self.last = ""
         self._global: dict[str, str] = {}
 
     def __iter__(self) -> Iterator[Member]:
@@ -138,7 +143,7 @@ class TarWalk:
                 if member.start + member.size > self.size:
                     what = f"{printable(member.path)!r} needs {member.size} bytes at {member.start}"
                     raise self._cut_off(what, offset)
-            self._last = member.path
+            self.last = member.path
             yield member
 
     # --- headers ---
@@ -226,9 +231,7 @@ class TarWalk:
         if self.offset:
             if len(header) < BLOCK:
                 return self._cut_off("a header goes on", self.offset)
-            return TarError(
-                f"{self.path}: damaged: no header at offset {self.offset}, behind {printable(self._last)!r}"
-            )
+            return TarError(f"{self.path}: damaged: no header at offset {self.offset}, behind {printable(self.last)!r}")
         path = shlex.quote(self.path)
         for magic, name, command in _COMPRESSED:
             if header.startswith(magic):
@@ -241,7 +244,7 @@ class TarWalk:
         return TarError(f"{self.path} is not a tarball")
 
     def _cut_off(self, what: str, offset: int) -> TarError:
-        behind = f", behind {printable(self._last)!r}" if self._last else ""
+        behind = f", behind {printable(self.last)!r}" if self.last else ""
         return TarError(
             f"{self.path}: cut off: at offset {offset}{behind}: {what}, and the file ends at {self.size}: copy or "
             "download it again"

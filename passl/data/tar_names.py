@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, Optional
 
 import numpy as np
 
-from passl.formats.limits import CheckpointFormatError, blaming
+from passl.formats.limits import Budget, CheckpointFormatError, blaming
 from passl.formats.pickle_machine import Global, PickleMachine
 
 _BATCH = 1000  # items between two marks, as Python's pickler has them
@@ -216,6 +216,8 @@ class _IndexMachine(PickleMachine):
         table["_codecs", "encode"] = Global("_codecs.encode", lambda text, encoding: text.encode("latin1"))
         super().__init__(data, table, self._set_state, start=start)
         self.names = NamesBuilder()
+        # A few bytes can repeat a long name a million times.
+        self._budget = Budget(len(data))
         # Where the names are that the memo has, from the first one's number on.
         self._first_text, self._texts = 0, array("Q")
 
@@ -237,7 +239,11 @@ class _IndexMachine(PickleMachine):
         number, name = items
         if type(number) is not int or not 0 <= number < 1 << 64 or type(name) is not str:
             raise CheckpointFormatError("a dict that is not of numbers and names")
-        self.names.add(number, name.encode("utf-8", "surrogatepass"))
+        self._add(number, name.encode("utf-8", "surrogatepass"))
+
+    def _add(self, number: int, encoded: bytes) -> None:
+        self._budget.spend(len(encoded))
+        self.names.add(number, encoded)
 
     def remember(self, index: Optional[int] = None) -> None:
         if self._texts and (self._first_text <= (index or 0) < self._first_text + len(self._texts)):
@@ -278,11 +284,13 @@ class _IndexMachine(PickleMachine):
                 end = position + (2 if code == 0x68 else 5)
                 index = int.from_bytes(data[position + 1 : end], "little")
                 start, stop = self._text(texts[index - self._first_text] if index >= self._first_text else position)
-                add(number, data[start:stop])
+                self._add(number, data[start:stop])
                 position = end
                 continue
             start, end = self._text(position)
-            add(number, data[start:end])
+            encoded = data[start:end]
+            encoded.decode("utf-8", "surrogatepass")  # damage is told now, not in the middle of a run
+            add(number, encoded)
             code = data[end]
             if code in (0x94, 0x71, 0x72):  # MEMOIZE, BINPUT, LONG_BINPUT
                 texts.append(position)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import struct
+import tokenize
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,11 @@ DAMAGE = (
     LookupError,
     MemoryError,
     RecursionError,
+    SyntaxError,
     TypeError,
     ValueError,
     struct.error,
+    tokenize.TokenError,  # of an array's header, by numpy
 )
 _FREE_BYTES = 64 << 20
 _BYTES_PER_FILE_BYTE = 4

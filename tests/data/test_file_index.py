@@ -149,6 +149,11 @@ def test_links_to_folders_are_followed_but_not_in_circles(tree, tmp_path):
     assert len(found) < 20
 
 
+def test_a_link_to_itself_is_a_sample_that_cannot_be_read(tree):
+    (tree / "b/loop.png").symlink_to("loop.png")
+    assert "b/loop.png" in names(tree)
+
+
 def test_paths_are_a_sequence(tmp_path):
     texts = [f"folder/{i}.png" for i in range(5)] + ["/absolute.png", "nur \udcff bytes.png", ""]
     paths = Paths.of(texts)

@@ -17,7 +17,7 @@ from passl.data.image_io import UnreadableImageError
 from passl.data.loader import EpochSampler, Loader
 from passl.data.multi_crop import MultiCrop
 from passl.data.tar_dataset import TarDataset
-from passl.data.tar_index import index_tarball
+from passl.data.tar_index import index_tarball, join_indices
 from passl.data.tar_lists import CsvLabels, FolderLabels, NameList
 from passl.data.tar_members import TarError
 from passl.formats.limits import CheckpointFormatError, RefusedGlobalError
@@ -269,6 +269,7 @@ def test_a_tarball_cut_off_while_it_is_read(root):
         (np.zeros((0, 4), np.uint64), "has no entries"),
         (np.array([[0, 0, 900, 800]], np.uint64), "is damaged: it has offsets that make no sense"),
         (np.array([[0, 0, -5, 800]], np.int64).astype(np.uint64), "is damaged: it has offsets that make no sense"),
+        (np.array([[0, -1, 512, 700]]), "is damaged: it has offsets that make no sense"),
         (
             np.array([[0, 99, 512, 700]], np.uint64),
             "has files that the file indices of .*.tar do not name",
@@ -280,6 +281,23 @@ def test_entries_that_are_none(root, entries, message):
     np.save(root / "pretrain_entries.npy", entries)
     with pytest.raises(TarError, match=f"pretrain_entries.npy {message}"):
         TarDataset(root)
+
+
+@pytest.mark.parametrize("damage", [b"", b"\x93NUMPY\1\0\4\0{'a(", b"\x93NUMPY\1\0\4\0{09}"])
+def test_entries_without_a_readable_header(root, damage):
+    (root / "pretrain_entries.npy").write_bytes(damage)
+    with pytest.raises(TarError, match="pretrain_entries.npy is no index of a tarball: "):
+        TarDataset(root)
+
+
+def test_each_tarball_of_an_index_over_several_must_be_there(tmp_path):
+    for name in "ab":
+        write_tarball(tmp_path / f"{name}.tar", {f"{name}.png": image_bytes(0)})
+        index_tarball(tmp_path / f"{name}.tar", tmp_path, prefix=name)
+    join_indices(tmp_path, ["a.tar", "b.tar"])
+    (tmp_path / "b.tar").unlink()  # a.tar, the only one left, would fit
+    with pytest.raises(FileNotFoundError, match="has no b.tar, which pretrain_entries.npy has images of"):
+        TarDataset(tmp_path)
 
 
 class Hostile:

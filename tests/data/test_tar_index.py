@@ -192,6 +192,9 @@ def test_labels_of_files_of_one_name_need_paths(tarball, tmp_path):
             "line 3: '1.jpg' has label 2 here and 1 above: where files of",
         ),
         (["filename,label,class", "1.jpg,1,a", "2.jpg,1,b"], "line 3: label 1 is called 'b' here and 'a' above"),
+        (["filename,label", "1.jpg,0", "2.jpg,-1"], "line 3: labels are whole numbers from 0, or words, not -1"),
+        (["filename,label", '"1.jpg,0', "2.jpg,1"], "line [123]: unexpected end of data; is a quotation mark missing"),
+        (["filename,label", '"1.jpg,0', *["2.jpg,1"] * 20000], "line [0-9]+: field larger than field limit"),
         (["filename,label", f"1.jpg,{2**64}"], f"line 2: label {2**64} is above {2**63 - 1}"),
     ],
 )
@@ -257,7 +260,8 @@ def test_tarballs_without_files_or_without_an_end(tmp_path):
         index_tarball(tmp_path / "x.tar", tmp_path)
     (tmp_path / "x.tar").write_bytes(member("a.jpg", b"bytes"))
     notes = index_tarball(tmp_path / "x.tar", tmp_path).notes
-    assert notes == ["the blocks of zeros that end an archive are missing: it may be cut off"]
+    what = "the blocks of zeros that end an archive are missing at offset 1024, behind 'a.jpg': it may be cut off"
+    assert notes == [what]
 
 
 def test_entries_beyond_8_gib(tmp_path):

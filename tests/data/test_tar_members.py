@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import os
 import re
 import tarfile
 from pathlib import Path
@@ -223,3 +224,10 @@ def test_what_is_no_tarball_says_what_to_type(tmp_path):
 def test_volumes_are_refused(tmp_path):
     with pytest.raises(TarError, match="'a.jpg' at offset 0 continues a file of another volume"):
         members(tmp_path / "x.tar", member("a.jpg", b"", b"M") + END)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with names")
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "x.tar")
+    with pytest.raises(TarError, match="x.tar is a pipe or a device; .* must be a file"):
+        TarWalk(tmp_path / "x.tar")

@@ -136,6 +136,21 @@ def test_damage_is_an_error_with_the_file_s_name(tmp_path):
             read_names(tmp_path / "bad.npy")
 
 
+def test_names_that_are_no_utf_8_are_damage(tmp_path):
+    whole = save(tmp_path / "x.npy", {0: "first.jpg", 1: "second.jpg"}).read_bytes()
+    (tmp_path / "x.npy").write_bytes(whole.replace(b"second", b"sec\xffnd"))
+    with pytest.raises(CheckpointFormatError, match="x.npy: damaged"):
+        read_names(tmp_path / "x.npy")
+
+
+def test_a_few_bytes_that_repeat_a_long_name_are_refused(tmp_path):
+    name = "n" * 1_000_000
+    bomb = save(tmp_path / "x.npy", dict.fromkeys(range(900), name), protocol=3)
+    assert bomb.stat().st_size < 1_100_000
+    with pytest.raises(CheckpointFormatError, match="x.npy: its content needs .* bytes of memory, more than the"):
+        read_names(bomb)
+
+
 def test_rows_must_be_labels_and_names(tmp_path):
     for value, shape in (([["a", 0]], (1, 2)), ([0, "a", 1], (3,)), ({0: "a"}, ()), ([[True, "a"]], (1, 2))):
         with pytest.raises(CheckpointFormatError, match="holds no rows of a label"):
