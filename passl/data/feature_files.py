@@ -21,8 +21,8 @@ _MAX_BYTES = 1 << 30  # of one inflated array: a few bytes of a hostile npz may 
 
 
 def read_features(path: Union[str, os.PathLike], key: Optional[str] = None) -> np.ndarray:
-    """The array of a `.npy`, `.npz` or `.pt` file, with nothing in it executed. Those of npy files, and of most pt files,
-    are mapped into memory, and not read.
+    """The array of a `.npy`, `.npz` or `.pt` file, with nothing in it executed. Those of npy files, and of most pt
+    files, are mapped into memory, and not read.
 
     Args:
         key: which array of a file that has several by name (npz, or a dict of tensors).

@@ -55,6 +55,7 @@ class RegionIndex:
     def appending(self) -> Iterator[Callable[[Region], None]]:
         """A function that notes a region at once."""
         with self._journal(distributed.rank()).open("a", encoding="utf-8", newline="") as file:
+            file.write("\n")  # a process that was killed may have left half a line
 
             def note(region: Region) -> None:
                 csv.writer(file).writerow(region)
