@@ -59,5 +59,5 @@ class RegionTransformer(TokenTransformer):
 def hvit_xs(
     in_chans: int = 384, grid_size: int = 14, drop_path_rate: float = 0.0, drop_rate: float = 0.0
 ) -> RegionTransformer:
-    """The region model of clemsgrs (ViT-XS/4096_256): 192 wide, 6 blocks, 6 heads, 2.8 M parameters."""
+    """The region model of clemsgrs (ViT-S/4096_256): 192 wide, 6 blocks, 6 heads, 2.8 M parameters."""
     return RegionTransformer(in_chans, grid_size, drop_path_rate=drop_path_rate, drop_rate=drop_rate)
