@@ -58,7 +58,7 @@ def report(regions: int, tflops: float) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--regions", type=int, default=10_000)
-    parser.add_argument("--tflops", type=float, default=60.0, help="half of an A100's practical peak in half precision")
+    parser.add_argument("--tflops", type=float, default=60.0, help="sustained by the GPU, per second")
     options = parser.parse_args()
     print(report(options.regions, options.tflops))
 
