@@ -43,6 +43,10 @@ def build(builder, **special):
 def images(tmp_path_factory):
     folder = tmp_path_factory.mktemp("components")
     tiny.write_images(folder, size=16)
+    for path in sorted((folder / "train").rglob("*.png")):
+        target = folder / "train-RegionFeatures" / path.relative_to(folder / "train").with_suffix(".npy")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        np.save(target, np.ones((4, SMALL["embed_dim"]), np.float32))
     files = {f"{path.parent.name}/{path.name}": path.read_bytes() for path in (folder / "train").rglob("*.png")}
     write_tarball(folder / "train/pretrain_dataset.tar", files)
     index_tarball(folder / "train/pretrain_dataset.tar", folder / "train")
@@ -125,7 +129,8 @@ def test_schedules(name):
 def test_transforms(name):
     transform = build(TRANSFORMS.get(name))
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (20, 24, 3)).astype(np.uint8))
-    data = np.zeros((3, 20, 24), np.float32) if name == "Normalize" else image
+    takes_array = name in ("Normalize", "RegionMultiCrop")
+    data = np.arange(3 * 20 * 24, dtype=np.float32).reshape(3, 20, 24) if takes_array else image
     one, same = (transform(data, np.random.default_rng(5)) for _ in range(2))
     if isinstance(one, dict):
         assert all((one[key] == same[key]).all() for key in one)
@@ -135,7 +140,8 @@ def test_transforms(name):
 
 @pytest.mark.parametrize("name", DATASETS.names())
 def test_datasets(name, images):
-    dataset = build(DATASETS.get(name), root=str(images / "train"))
+    own = images / f"train-{name}"  # for those that read other files than images
+    dataset = build(DATASETS.get(name), root=str(own if own.exists() else images / "train"))
     assert len(dataset) == 15
     assert dataset.sample(3, np.random.default_rng(0))["index"] == 3
 

@@ -27,7 +27,10 @@ class ImageFiles(ImageSamples):
 
     Attributes:
         paths: of the files, in the data set's order.
+        root: folder that the files' names are relative to.
     """
+
+    root: str
 
     def __init__(
         self,
@@ -96,6 +99,7 @@ class ImageFolder(ImageFiles):
             max_bad_samples=max_bad_samples,
             channels=channels,
         )
+        self.root = root
 
 
 @DATASETS.register()
@@ -139,6 +143,7 @@ class ImageList(ImageFiles):
             raise ValueError("class_names is given, but there are no labels")
         labels, class_names = (None, ()) if names is None else _number_labels(names, class_names, list_file)
         super().__init__(paths, labels, class_names, transform, max_bad_samples, channels)
+        self.root = os.fspath(Path(list_file).expanduser().parent) if root is None else root
 
 
 # --- folders ---

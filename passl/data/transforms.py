@@ -380,7 +380,7 @@ class ToTensor:
 
 @TRANSFORMS.register()
 class Normalize:
-    """`(array - mean) / std` per channel of a float32 array `[C, H, W]`; one value counts for all channels."""
+    """`(array - mean) / std` per channel of a float32 array `[..., C, H, W]`; one value counts for all channels."""
 
     def __init__(self, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD) -> None:
         if len(mean) != len(std) or not all(value > 0 for value in std):
@@ -389,9 +389,10 @@ class Normalize:
         self.std = np.asarray(std, np.float32)[:, None, None]
 
     def __call__(self, array: np.ndarray, rng: Optional[Generator] = None) -> np.ndarray:
-        if len(self.mean) not in (1, len(array)):
+        channels = array.shape[-3]
+        if len(self.mean) not in (1, channels):
             raise ValueError(
-                f"mean and std have {len(self.mean)} values, and the image {len(array)} channels: give one for each "
-                "of them, or the configuration a section Data"
+                f"mean and std have {len(self.mean)} values, and the image {channels} channels: give one for each of "
+                "them, or the configuration a section Data"
             )
         return (array - self.mean) / self.std

@@ -2,6 +2,8 @@
 
 from passl.evaluators.classification import Classification
 from passl.evaluators.evaluator import Evaluator, evaluate
+from passl.evaluators.features import Features
 from passl.evaluators.knn import KNN, knn_classify
+from passl.evaluators.region_extraction import RegionExtraction
 
-__all__ = ["KNN", "Classification", "Evaluator", "evaluate", "knn_classify"]
+__all__ = ["KNN", "Classification", "Evaluator", "Features", "RegionExtraction", "evaluate", "knn_classify"]

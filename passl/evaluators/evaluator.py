@@ -63,6 +63,17 @@ def map_dataset(
     Returns:
         Rows [N, ...] and labels [N] (-1 for images without a label), on every process.
     """
+    return map_samples(function, dataset, batch_size, num_workers, title)[:2]
+
+
+def map_samples(
+    function: Callable[[paddle.Tensor], paddle.Tensor],
+    dataset: Any,
+    batch_size: int,
+    num_workers: int = 0,
+    title: str = "",
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The same with the samples' indices [N]: those that cannot be read are missing."""
     rows, labels, indices = [], [], []
     for batch in _batches(dataset, batch_size, num_workers, title):
         images = batch["image"]
@@ -72,7 +83,7 @@ def map_dataset(
     gathered = [distributed.gather_rows(np.concatenate(parts)) for parts in (rows, labels, indices)]
     # Processes get equal shares, so a few images at the end may come twice.
     _, first = np.unique(gathered[2], return_index=True)
-    return gathered[0][first], gathered[1][first]
+    return gathered[0][first], gathered[1][first], gathered[2][first]
 
 
 def _batches(dataset: Any, batch_size: int, num_workers: int, title: str) -> Iterator[dict[str, Any]]:

@@ -62,9 +62,9 @@ class DINO(Method):
     ) -> None:
         super().__init__()
         student_backbone = backbone()
-        # The teacher has no stochastic depth.
-        has_drop_path = "drop_path_rate" in inspect.signature(backbone).parameters
-        teacher_backbone = backbone(drop_path_rate=0.0) if has_drop_path else backbone()
+        # The teacher has no stochastic depth, and no dropout.
+        known = inspect.signature(backbone).parameters
+        teacher_backbone = backbone(**{name: 0.0 for name in ("drop_path_rate", "drop_rate") if name in known})
         in_dim = student_backbone.embed_dim
         self.student = MultiCropNetwork(student_backbone, head(in_dim=in_dim))
         self.teacher = MultiCropNetwork(teacher_backbone, head(in_dim=in_dim))
