@@ -23,7 +23,7 @@ Write the index of a tarball: where each of its images is, so that training read
 
 Then, with the tarball in the same folder DATA, a configuration reads it:
 
-  DataLoader: {Train: {dataset: {name: TarDataset, root: DATA, prefix: pretrain, ...}}}
+  DataLoader: {Train: {dataset: {name: TarDataset, root: DATA, prefix: pretrain, transform: {name: MultiCrop}}}}
 
 Files written, which the clemsgrs code reads and writes too:
   PREFIX_entries[_SUFFIX].npy   uint64 [N, 4]: class index, file index, start, end (bytes of the tarball)
