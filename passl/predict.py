@@ -74,7 +74,7 @@ def find_files(sources: Sequence[str]) -> list[str]:
 def _files_in(folder: str) -> list[str]:
     videos = [str(path) for path in Path(folder).rglob("*") if _is_video(path) and not path.name.startswith(".")]
     try:
-        images = ImageList(folder).paths
+        images = list(ImageList(folder).paths)
     except FileNotFoundError as error:
         if not videos:
             raise SourceError(f"{error} (nor videos)") from error

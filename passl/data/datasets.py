@@ -6,13 +6,14 @@ import csv
 import io
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Optional, Union
 
 import numpy as np
 
-from passl.data.image_io import ImageSource, image_extensions, read_source
+from passl.data.file_index import FileIndex, Paths, find_images
+from passl.data.image_io import ImageSource, read_source
 from passl.data.samples import ImageSamples
 from passl.registry import DATASETS, did_you_mean
 
@@ -25,12 +26,12 @@ class ImageFiles(ImageSamples):
     """Image files on disk; what the data sets of this module have in common.
 
     Attributes:
-        paths: of the files, in the data set's order.
+        paths: of the files, in the data set's order; a sequence of strings.
     """
 
     def __init__(
         self,
-        paths: list[str],
+        paths: Paths,
         labels: Optional[Sequence[int]],
         class_names: Sequence[str],
         transform: Optional[Callable[..., Any]],
@@ -68,24 +69,26 @@ class ImageFolder(ImageFiles):
         max_bad_samples: int = 10,
     ) -> None:
         root = _existing_folder(root)
-        entries = sorted(os.scandir(root), key=lambda entry: entry.name)
-        stray = [entry.name for entry in entries if _is_image(entry.name) and entry.is_file()]
+        index = find_images(root, by_class=True)
+        stray = [name for name in index.names_in(0) if os.path.isfile(os.path.join(root, name))]
         if stray:
             raise ValueError(
                 f"{root} contains images directly (such as {stray[0]!r}), but ImageFolder needs a folder per "
                 "class. For images without class folders use 'name: ImageList' with the same root."
             )
-        class_names = [entry.name for entry in entries if entry.is_dir() and not _hidden(entry.name)]
-        if not class_names:
+        counts = _images_of_classes(index)
+        if not counts:
             raise FileNotFoundError(f"{root} contains no class folders")
-        files_of_class = [list(_image_files(os.path.join(root, name))) for name in class_names]
-        empty = [name for name, files in zip(class_names, files_of_class) if not files]
+        empty = [name for name, count in counts.items() if not count]
         if empty:
             raise FileNotFoundError(f"{root}: no images in the class folder(s) {_shortened(empty)}")
+        # A name in the root that is no stray file, such as a link to nowhere, belongs to no class.
+        first = len(index.names_in(0))
+        paths = index.paths()
         super().__init__(
-            paths=[path for files in files_of_class for path in files],
-            labels=np.repeat(np.arange(len(class_names)), [len(files) for files in files_of_class]),
-            class_names=class_names,
+            paths=Paths.of(paths[first:]) if first else paths,
+            labels=np.repeat(np.arange(len(counts)), list(counts.values())),
+            class_names=list(counts),
             transform=transform,
             max_bad_samples=max_bad_samples,
         )
@@ -122,7 +125,7 @@ class ImageList(ImageFiles):
         if root is not None:
             root = _existing_folder(root)
         if list_file is None:
-            paths, names = list(_image_files(root)), None
+            paths, names = find_images(root).paths(), None
             if not paths:
                 raise FileNotFoundError(f"{root} contains no images, nor do its sub-folders")
         else:
@@ -136,14 +139,6 @@ class ImageList(ImageFiles):
 # --- folders ---
 
 
-def _hidden(name: str) -> bool:
-    return name.startswith(".")
-
-
-def _is_image(name: str) -> bool:
-    return os.path.splitext(name)[1].lower() in image_extensions() and not _hidden(name)
-
-
 def _existing_folder(root: PathLike) -> str:
     root = os.path.expanduser(os.fspath(root))
     if not os.path.isdir(root):
@@ -151,18 +146,14 @@ def _existing_folder(root: PathLike) -> str:
     return root
 
 
-def _image_files(folder: str) -> Iterator[str]:
-    """All images under `folder` in the official order: sorted by folder, then by name."""
-    found = []
-    for parent, folders, names in os.walk(folder, followlinks=True, onerror=_raise):
-        folders[:] = [name for name in folders if not _hidden(name)]
-        found.append((parent, names))
-    for parent, names in sorted(found):
-        yield from (os.path.join(parent, name) for name in sorted(names) if _is_image(name))
-
-
-def _raise(error: OSError) -> None:
-    raise error  # os.walk would skip a folder that it may not read.
+def _images_of_classes(index: FileIndex) -> dict[str, int]:
+    """How many images each folder directly below the root holds, in the order of the index."""
+    counts: dict[str, int] = {}
+    for folder, count in zip(index.folders, np.diff(index.ends, prepend=0).tolist()):
+        name = folder.partition("/")[0]
+        if name:
+            counts[name] = counts.get(name, 0) + count
+    return counts
 
 
 def _shortened(items: Sequence[str]) -> str:
@@ -174,7 +165,7 @@ def _shortened(items: Sequence[str]) -> str:
 # --- lists ---
 
 
-def _read_list(list_file: Path, root: Optional[str]) -> tuple[list[str], Optional[list[str]]]:
+def _read_list(list_file: Path, root: Optional[str]) -> tuple[Paths, Optional[list[str]]]:
     """Paths, and labels as text if the list has them."""
     if not list_file.is_file():
         raise FileNotFoundError(f"there is no file {list_file}")
@@ -190,7 +181,7 @@ def _read_list(list_file: Path, root: Optional[str]) -> tuple[list[str], Optiona
     if not paths:
         raise FileNotFoundError(f"{list_file} lists no images")
     folder = os.fspath(list_file.parent) if root is None else root
-    return [os.path.join(folder, path) for path in paths], names
+    return Paths.of([os.path.join(folder, path) for path in paths]), names
 
 
 def _parse_csv(text: str, list_file: Path) -> tuple[list[str], Optional[list[str]]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 from pathlib import Path
@@ -12,6 +13,7 @@ import paddle
 from passl import checkpoint, distributed, log
 from passl.checkpoint import CheckpointError, CheckpointStore
 from passl.config import Config, ConfigError, check, to_yaml
+from passl.data import file_index
 from passl.engine import build, start
 from passl.engine.hooks import CheckpointHook, EvaluationHook, LogHook
 from passl.engine.passl_config import translate
@@ -52,7 +54,8 @@ def train(config: Config, source: Config) -> Trainer:
     log.setup(quiet=not distributed.is_main())
     set_up(settings)
     try:
-        trainer, store, resumed = _prepare(config, source, settings)
+        with _file_indexes(settings):
+            trainer, store, resumed = _prepare(config, source, settings)
     except (ConfigError, CheckpointError):
         raise
     except ValueError as error:  # what a constructor refused
@@ -136,6 +139,15 @@ def _folder(config: Config, settings: GlobalSettings) -> Path:
     return Path(settings.output_dir).expanduser() / (settings.name or config["Model"]["name"])
 
 
+def _file_indexes(settings: GlobalSettings) -> contextlib.AbstractContextManager[None]:
+    """Data sets that are built inside find their files at once from the second run on.
+
+    Beside the runs, not in one: all of an output_dir use the same data, and a run's folder may be moved aside.
+    """
+    folder = Path(settings.output_dir).expanduser() / "file_index"
+    return file_index.cached_in(folder, write=distributed.is_main())
+
+
 def evaluate_config(config: Config, source: Config) -> dict[str, float]:
     """Run the evaluators of a checked configuration on its model; writes and returns their numbers."""
     settings = build.global_settings(config)
@@ -145,7 +157,8 @@ def evaluate_config(config: Config, source: Config) -> dict[str, float]:
     paddle.seed(settings.seed)
     model = build.model(config)
     is_whole = start.load_given(settings, model, "evaluating")
-    found = build.evaluators(config, model)
+    with _file_indexes(settings):
+        found = build.evaluators(config, model)
     if not found:
         raise ConfigError(["nothing to evaluate: add Evaluators (for example KNN) or DataLoader.Eval"])
     build.check_labels(model, None, found)

@@ -45,6 +45,8 @@ def map_dataset(
     batch_size: int,
     num_workers: int = 0,
     title: str = "",
+    prefetch_factor: int = 2,
+    use_shared_memory: bool = True,
 ) -> tuple[np.ndarray, np.ndarray]:
     """``function`` of every image, shared out over processes and put together in the order of the data set.
 
@@ -55,7 +57,8 @@ def map_dataset(
         Rows [N, ...] and labels [N] (-1 for images without a label), on every process.
     """
     rows, labels, indices = [], [], []
-    for batch in _batches(dataset, batch_size, num_workers, title):
+    loading = {"prefetch_factor": prefetch_factor, "use_shared_memory": use_shared_memory}
+    for batch in _batches(dataset, batch_size, num_workers, title, loading):
         images = batch["image"]
         rows.append(function(images if isinstance(images, paddle.Tensor) else paddle.to_tensor(images)).numpy())
         indices.append(np.asarray(batch["index"]))
@@ -66,7 +69,9 @@ def map_dataset(
     return gathered[0][first], gathered[1][first]
 
 
-def _batches(dataset: Any, batch_size: int, num_workers: int, title: str) -> Iterator[dict[str, Any]]:
+def _batches(
+    dataset: Any, batch_size: int, num_workers: int, title: str, loading: dict[str, Any]
+) -> Iterator[dict[str, Any]]:
     sampler = EpochSampler(
         len(dataset),
         batch_size,
@@ -75,7 +80,7 @@ def _batches(dataset: Any, batch_size: int, num_workers: int, title: str) -> Ite
         shuffle=False,
         drop_last=False,
     )
-    loader = Loader(dataset, sampler, num_workers=num_workers)
+    loader = Loader(dataset, sampler, num_workers=num_workers, **loading)
     batches = loader.iterate(0, sampler.steps_per_epoch)
     hidden = None if distributed.is_main() else True  # None: shown on a terminal only
     yield from tqdm(batches, total=sampler.steps_per_epoch, desc=title, unit="batch", leave=False, disable=hidden)

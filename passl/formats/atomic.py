@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -19,7 +20,8 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     Raises:
         OSError: the disk is full, or the folder missing or read-only; the text names ``path``.
     """
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    # Processes of several machines, which share a folder, may have the same number.
+    partial = path.with_name(f"{path.name}.{os.getpid()}.{secrets.token_hex(4)}.partial")
     try:
         with partial.open("wb") as file:
             yield file
