@@ -36,6 +36,7 @@ def guarded(function: object, *arguments: object) -> None:
     from passl.checkpoint import CheckpointError
     from passl.config import ConfigError
     from passl.data.loader import BadSamplesError
+    from passl.data.workers import WorkerDiedError
     from passl.engine.trainer import NonFiniteLossError
     from passl.exported import ExportError
 
@@ -47,7 +48,7 @@ def guarded(function: object, *arguments: object) -> None:
             raise
     except ConfigError as error:
         stop(error, CONFIG_ERROR)
-    except (CheckpointError, BadSamplesError, ExportError, NonFiniteLossError, OSError) as error:
+    except (CheckpointError, BadSamplesError, ExportError, NonFiniteLossError, WorkerDiedError, OSError) as error:
         stop(error, RUN_ERROR)
 
 

@@ -140,8 +140,7 @@ class Loader:
         num_workers: 0 loads in this process; so does any number on systems other than Linux, where Paddle has
             no workers.
         prefetch_factor: batches that each worker prepares in advance.
-        use_shared_memory: False sends batches through pipes, for machines with a small /dev/shm; a worker that is
-            killed is then not noticed.
+        use_shared_memory: False sends batches through pipes, which is slower, for machines with a small /dev/shm.
     """
 
     def __init__(
@@ -203,9 +202,11 @@ class Loader:
         `local_crops` [n*B, 3, h, w], view by view (all samples' view 0, then view 1, ...). Otherwise `image`
         [B, ...].
 
-        Worker processes start at the first batch and stay until the last one: call this once for a whole run.
+        Worker processes start at the first batch and stay until the last one: call this once for a whole run. They
+        hold at most `num_workers * prefetch_factor` batches in shared memory.
 
         Raises:
+            WorkerDiedError: a worker process was killed or ended; names the sample it was loading.
             BadSamplesError: more than the data set's `max_bad_samples` files cannot be read (one process), or none.
             Exception: what the data set or a transform raised; its cause names the sample and its file.
         """

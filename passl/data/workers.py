@@ -130,9 +130,9 @@ def _results(iterator: Any, dataset: Samples, progress: _Progress) -> Iterator[d
             result = next(iterator)
         except StopIteration:
             return
-        except SystemError as error:
+        except SystemError:
             if dead := _dead(iterator):
-                raise WorkerDiedError(_obituary(dead, dataset, progress)) from error
+                raise WorkerDiedError(_obituary(dead, dataset, progress)) from None  # its text says nothing
             raise
         yield result
 

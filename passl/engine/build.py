@@ -147,7 +147,13 @@ def evaluators(config: Config, subject: nn.Layer) -> list[Evaluator]:
         dataset = component(section["dataset"], DATASETS, "DataLoader.Eval.dataset")
         loading = LoaderSettings(**(section.get("loader") or {}))
         try:
-            found["DataLoader.Eval"] = Classification(dataset, section["sampler"]["batch_size"], loading.num_workers)
+            found["DataLoader.Eval"] = Classification(
+                dataset,
+                section["sampler"]["batch_size"],
+                loading.num_workers,
+                prefetch_factor=loading.prefetch_factor,
+                use_shared_memory=loading.use_shared_memory,
+            )
         except ValueError as error:
             raise ConfigError([f"DataLoader.Eval: {error}"]) from error
     for number, spec in enumerate(config.get("Evaluators") or []):

@@ -1,93 +1,100 @@
-"""Whether training waits for its data, and what to change then."""
+"""Whether training waits for its data, and which setting would change that."""
 
 from __future__ import annotations
 
-import logging
 import os
-from typing import Any
+import platform
+from collections import deque
+from collections.abc import Iterable
 
+from passl import distributed
 from passl.data.loader import Loader
 
-logger = logging.getLogger("passl")
-
-_STARTING = 5  # steps in which workers start and caches fill
-_STEPS = 20  # that a verdict needs
-_SHARE = 0.2  # of the time: what is below costs less than looking for it
+_THRESHOLD = 0.2  # share of the time; below it, faster loading gains little
+_MIN_STEPS = 10
 
 
 class DataWait:
-    """The share of the time that steps wait for their batch; warns once when it is large for many steps. The first
-    steps, in which workers start, are not judged.
+    """Adds up the time spent waiting for batches, and says once when it is too much.
+
+    Waiting is judged over at least ten steps, and two for each worker as these deliver in bursts. The first steps do
+    not count: workers start, and nothing is prepared in advance yet.
     """
 
-    def __init__(self) -> None:
-        self._seen = 0
-        self._waited = 0.0
-        self._total = 0.0
-        self._judged = 0
-        self._warned = False
-        self._epoch_waited = 0.0
-        self._epoch_total = 0.0
+    def __init__(self, loader: Loader) -> None:
+        self.loader = loader
+        self._first_steps = 1 + loader.num_workers
+        self._recent: deque[tuple[float, float]] = deque(maxlen=max(_MIN_STEPS, 2 * loader.num_workers))
+        self._line = self._epoch = (0.0, 0.0)
+        self._is_told = False
 
-    def update(self, waited: float, total: float) -> None:
-        """One step of ``total`` seconds, of which it waited ``waited`` for its batch."""
-        self._epoch_waited += waited
-        self._epoch_total += total
-        self._seen += 1
-        if self._seen > _STARTING:
-            self._judged += 1
-            self._waited += waited
-            self._total += total
+    def add(self, waited: float, seconds: float) -> None:
+        """One step of ``seconds``, of which ``waited`` passed before its batch came."""
+        self._line = _sum([self._line, (waited, seconds)])
+        self._epoch = _sum([self._epoch, (waited, seconds)])
+        if self._first_steps:
+            self._first_steps -= 1
+        else:
+            self._recent.append((waited, seconds))
 
-    def judge(self, loader: Loader) -> None:
-        """Warn, once a run, when the steps since the last verdict waited for more than a fifth of their time."""
-        if self._judged < _STEPS:
-            return
-        share, steps = self._waited / max(self._total, 1e-9), self._judged
-        self._judged, self._waited, self._total = 0, 0.0, 0.0
-        if share > _SHARE and not self._warned:
-            self._warned = True
-            logger.warning(
-                "data-bound: %.0f %% of the last %d steps went by waiting for images. %s",
-                100 * share, steps, advice(loader, _cores()),
-            )  # fmt: skip
+    def shares(self) -> list[float]:
+        """Shares of the time, between 0 and 1, that this process waited: since the last call, in the recent steps (0
+        while there are too few) and in this epoch.
+        """
+        is_long_enough = len(self._recent) == self._recent.maxlen
+        shares = [_share(self._line), _share(_sum(self._recent)) if is_long_enough else 0.0, _share(self._epoch)]
+        self._line = (0.0, 0.0)
+        return shares
 
-    def epoch_share(self) -> float:
-        """Of the epoch that ends; the next one begins."""
-        share = self._epoch_waited / max(self._epoch_total, 1e-9)
-        self._epoch_waited = self._epoch_total = 0.0
-        return share
+    def end_epoch(self) -> None:
+        self._epoch = (0.0, 0.0)
 
-
-def advice(loader: Loader, cores: int) -> str:
-    """The settings to change, with their present values, for a machine of ``cores``."""
-    workers = loader.num_workers
-    if workers == 0:
-        return (
-            "They are loaded in the training process: set DataLoader.Train.loader.num_workers, for example "
-            f"-o DataLoader.Train.loader.num_workers={max(cores - 1, 1)} (this machine has {cores} cores)"
-        )
-    parts = []
-    if workers < cores:
-        more = min(max(2 * workers, 2), cores)
-        parts.append(
-            f"More workers: -o DataLoader.Train.loader.num_workers={more} (now {workers} for each process; this "
-            f"machine has {cores} cores)"
-        )
-    else:
-        parts.append(f"There are as many workers ({workers} for each process) as this machine has cores ({cores})")
-    if _backend(loader) == "pillow":
-        parts.append("a faster back end: -o DataLoader.Train.dataset.transform.backend=opencv")
-    parts.append(
-        "otherwise smaller stored images (a shorter side of 500 pixels serves crops of 224), a local disk or a tarball "
-        "(passl-data tar-index) in place of a network folder, or fewer num_local_crops"
-    )
-    return "; ".join(parts)
+    def verdict(self, share: float, num_local_processes: int) -> str:
+        """What to tell the user when ``share`` of the recent time was spent waiting, by the slowest process; "" if
+        there is nothing to tell, or it was told.
+        """
+        if self._is_told or share <= _THRESHOLD:
+            return ""
+        self._is_told = True
+        cores = max(available_cores() // num_local_processes, 1)
+        return f"training waits for data {100 * share:.0f} % of the time. {_advice(self.loader, cores)}"
 
 
-def _backend(loader: Loader) -> Any:
-    return getattr(getattr(loader.dataset, "transform", None), "backend_name", None)
-
-
-def _cores() -> int:
+def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def local_processes() -> int:
+    """How many processes of the job share this machine; to be called by all at the same time."""
+    names = distributed.gather_objects(platform.node())
+    return names.count(platform.node())
+
+
+def _advice(loader: Loader, cores: int) -> str:
+    workers = "DataLoader.Train.loader.num_workers"
+    if loader.num_workers == 0:
+        return (
+            "Images are loaded in the training process itself, between the steps: set "
+            f"{workers}={max(cores - 1, 1)} (now 0; cores for this process: {cores})"
+        )
+    if loader.num_workers < cores:
+        return f"Set {workers}={cores} (now {loader.num_workers}; cores for this process: {cores})"
+    advice = f"{workers}={loader.num_workers} uses all cores of this process ({cores}) already. "
+    backend = getattr(getattr(loader.dataset, "transform", None), "backend", None)
+    if "pillow" in type(backend).__name__.lower() or backend == "pillow":
+        advice += "Set DataLoader.Train.dataset.transform.backend=opencv, which is several times faster. "
+    return (
+        f"{advice}If they are busy computing, store the images smaller or use more cores; if they wait for a disk, put "
+        "the data on a local one or in a tarball, and set DataLoader.Train.loader.prefetch_factor="
+        f"{2 * loader.prefetch_factor} (now {loader.prefetch_factor})"
+    )
+
+
+def _sum(times: Iterable[tuple[float, float]]) -> tuple[float, float]:
+    waited, seconds = zip(*times)
+    return sum(waited), sum(seconds)
+
+
+def _share(times: tuple[float, float]) -> float:
+    waited, seconds = times
+    return waited / seconds if seconds else 0.0

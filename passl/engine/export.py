@@ -141,7 +141,9 @@ def _knn_network(backbone: nn.Layer, bank: ImageFolder, options: ExportOptions) 
 
     try:
         with paddle.no_grad():
-            rows, labels = map_dataset(features, bank, options.batch_size, options.num_workers, "k-NN bank")
+            rows, labels, _ = map_dataset(
+                features, bank, options.batch_size, "k-NN bank", num_workers=options.num_workers
+            )
         network = KNNNetwork(backbone, rows, labels, len(bank.class_names), options.k, options.temperature)
     except ValueError as error:
         raise ExportError(f"--knn-bank: {error}") from error

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any, Optional
 
+import numpy as np
 import paddle
 from tqdm import tqdm
 
@@ -15,7 +16,7 @@ import passl
 from passl import distributed
 from passl.checkpoint import CheckpointStore
 from passl.data.loader import Loader
-from passl.engine.data_wait import DataWait
+from passl.engine.data_wait import DataWait, local_processes
 from passl.engine.trainer import Trainer
 from passl.log import Average, MetricsFile, duration
 
@@ -26,7 +27,8 @@ class LogHook:
     """The log line every ``interval`` steps and after each epoch, ``metrics.jsonl``, VisualDL scalars, one progress
     bar.
 
-    Losses and metrics in a line are means over the steps since the line before and over all processes.
+    Losses and metrics in a line are means over the steps since the line before and over all processes. ``data_wait``
+    is the share of the time, between 0 and 1, that the process with the slowest data waited for it.
 
     Args:
         folder: gets ``metrics.jsonl`` and, with ``visualdl``, the folder ``vdl``.
@@ -45,12 +47,16 @@ class LogHook:
         self._batch_cost = Average()
         self._reader_cost = Average()
         self._samples = Average()
-        self._data_wait = DataWait()
+        self._wait: Optional[DataWait] = None
+        self._epoch_wait = 0.0
+        self._num_local_processes = 1
         self._file: Optional[MetricsFile] = None
         self._writer: Any = None
         self._bar: Optional[tqdm] = None
 
     def before_train(self, trainer: Trainer) -> None:
+        self._wait = DataWait(trainer.loader)
+        self._num_local_processes = local_processes()
         if not distributed.is_main():
             return
         self._file = MetricsFile(self.folder / "metrics.jsonl", trainer.step)
@@ -65,14 +71,15 @@ class LogHook:
         self._pending.append((trainer.outputs, trainer.batch_samples))
         self._batch_cost.update(trainer.batch_seconds)
         self._reader_cost.update(trainer.reader_seconds)
+        self._wait.add(trainer.reader_seconds, trainer.batch_seconds)
         self._samples.update(trainer.batch_samples * distributed.world_size())
-        self._data_wait.update(trainer.reader_seconds, trainer.batch_seconds)
         # The first line comes after the first step, so that a wrong setting shows at once.
         step_in_epoch = (trainer.step - 1) % trainer.timeline.steps_per_epoch
         if step_in_epoch % self.interval == 0 or trainer.step == trainer.stop_step or trainer.at_epoch_end:
             self._print(trainer, step_in_epoch)
         if trainer.at_epoch_end:
             self._print_epoch(trainer)
+            self._wait.end_epoch()
         if self._bar is not None:
             self._bar.update(1)
 
@@ -91,25 +98,32 @@ class LogHook:
                 if isinstance(value, (int, float)) and name != "epoch":
                     self._writer.add_scalar(tag=f"{phase}/{name}", step=step, value=value)
 
-    def _flush(self, loader: Loader) -> None:
+    def _flush(self, loader: Loader) -> list[float]:
         """Read the scalars of the steps since the last line, from all processes: the only place that waits for the
-        device, and for the other processes' unreadable files.
+        device, and for the other processes' unreadable files. Returns the `DataWait.shares` of the slowest.
         """
         names = list(self._pending[0][0])
         totals = paddle.stack(
             [paddle.stack([outputs[n].astype("float32") for n in names]) * size for outputs, size in self._pending]
         ).sum(0)
         counts = [float(sum(size for _, size in self._pending)), float(loader.num_unshared_bad_samples)]
-        *sums, count, num_bad = distributed.all_reduce_sum_(paddle.concat([totals, paddle.to_tensor(counts)])).tolist()
+        shares = self._wait.shares()
+        # A place for each process: the sum over processes is then a list of all.
+        of_all = np.zeros((distributed.world_size(), len(shares)), np.float32)
+        of_all[distributed.rank()] = shares
+        parts = [totals, paddle.to_tensor(counts), paddle.to_tensor(of_all.ravel())]
+        values = distributed.all_reduce_sum_(paddle.concat(parts)).tolist()
+        sums, (count, num_bad) = values[: len(names)], values[len(names) : len(names) + 2]
         if num_bad:
             loader.share_bad_samples(distributed.gather_objects)
         for name, total in zip(names, sums):
             for averages in (self._recent, self._epoch):
                 averages.setdefault(name, Average()).update(total / count, int(count))
         self._pending.clear()
+        return np.reshape(values[len(names) + 2 :], of_all.shape).max(axis=0).tolist()
 
     def _print(self, trainer: Trainer, step_in_epoch: int) -> None:
-        self._flush(trainer.loader)
+        data_wait, recent_wait, self._epoch_wait = self._flush(trainer.loader)
         metrics = {name: average.mean for name, average in self._recent.items()}
         batch_cost, reader_cost = self._batch_cost.mean, self._reader_cost.mean
         ips = self._samples.mean / batch_cost if batch_cost else 0.0
@@ -127,10 +141,10 @@ class LogHook:
             f"[Epoch {trainer.epoch + 1}/{trainer.epochs}][Iter: {step_in_epoch}/{trainer.timeline.steps_per_epoch}]"
         )
         logger.info("[Train]%s %s", place, ", ".join(parts))
-        data_wait = reader_cost / batch_cost if batch_cost else 0.0
-        speed = {"batch_cost": batch_cost, "reader_cost": reader_cost, "data_wait": data_wait, "ips": ips}
+        if verdict := self._wait.verdict(recent_wait, self._num_local_processes):
+            logger.warning(verdict)
+        speed = {"batch_cost": batch_cost, "reader_cost": reader_cost, "ips": ips, "data_wait": data_wait}
         self.record(trainer.step, {"epoch": trainer.epoch + 1, **metrics, **trainer.values, **speed}, "train")
-        self._data_wait.judge(trainer.loader)
         if self._bar is not None:
             self._bar.set_postfix_str(f"loss {metrics['loss']:.3f}, {ips:.1f} images/s", refresh=False)
         self._recent = {}
@@ -138,8 +152,9 @@ class LogHook:
 
     def _print_epoch(self, trainer: Trainer) -> None:
         means = ", ".join(f"{name}: {average.mean:.5f}" for name, average in self._epoch.items())
-        waited = f"waiting for data: {100 * self._data_wait.epoch_share():.1f} %"
-        logger.info("[Train][Epoch %d/%d][Avg] %s, %s", trainer.epoch + 1, trainer.epochs, means, waited)
+        logger.info(
+            "[Train][Epoch %d/%d][Avg] %s, data_wait: %.5f", trainer.epoch + 1, trainer.epochs, means, self._epoch_wait
+        )
         self._epoch = {}
 
 

@@ -26,15 +26,27 @@ class Classification(Evaluator):
     subject = "method"
     key_metric = "top1"
 
-    def __init__(self, dataset: Any, batch_size: int = 64, num_workers: int = 0, topk: Sequence[int] = (1, 5)) -> None:
+    def __init__(
+        self,
+        dataset: Any,
+        batch_size: int = 64,
+        num_workers: int = 0,
+        topk: Sequence[int] = (1, 5),
+        prefetch_factor: int = 2,
+        use_shared_memory: bool = True,
+    ) -> None:
         if dataset.labels is None:
             raise ValueError("the data set of the Classification evaluator has no labels")
         check_batches(batch_size, num_workers)
+        if prefetch_factor < 1:
+            raise ValueError(f"prefetch_factor ({prefetch_factor}) must be at least 1")
         if not topk or min(topk) < 1:
             raise ValueError(f"topk ({list(topk)}) must be one or more numbers above 0")
         self.dataset = dataset
         self.batch_size = batch_size
         self.num_workers = num_workers
+        self.prefetch_factor = prefetch_factor
+        self.use_shared_memory = use_shared_memory
         self.topk = tuple(topk)
         self.key_metric = f"top{self.topk[0]}"
 
@@ -42,7 +54,15 @@ class Classification(Evaluator):
         def logits_of(images: paddle.Tensor) -> paddle.Tensor:
             return model.predict(images).astype("float32")
 
-        logits, labels = map_dataset(logits_of, self.dataset, self.batch_size, self.num_workers, "validation")
+        logits, labels, _ = map_dataset(
+            logits_of,
+            self.dataset,
+            self.batch_size,
+            "validation",
+            num_workers=self.num_workers,
+            prefetch_factor=self.prefetch_factor,
+            use_shared_memory=self.use_shared_memory,
+        )
         result = {f"top{k}": accuracy(logits, labels, k) for k in self.topk}
         loss = nn.functional.cross_entropy(paddle.to_tensor(logits), paddle.to_tensor(labels)).item()
         return {**result, "loss": loss}

@@ -49,33 +49,20 @@ def evaluate(evaluator: Evaluator, method: nn.Layer, output_dir: Path) -> dict[s
 
 
 def map_dataset(
-    function: Callable[[paddle.Tensor], paddle.Tensor],
-    dataset: Any,
-    batch_size: int,
-    num_workers: int = 0,
-    title: str = "",
-) -> tuple[np.ndarray, np.ndarray]:
+    function: Callable[[paddle.Tensor], paddle.Tensor], dataset: Any, batch_size: int, title: str, **loading: Any
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """``function`` of every image, shared out over processes and put together in the order of the data set.
 
     Args:
-        function: images [B, 3, H, W] -> one row each [B, ...].
+        function: images [B, C, H, W] -> one row each [B, ...].
+        loading: ``num_workers`` and the like, for the Loader.
 
     Returns:
-        Rows [N, ...] and labels [N] (-1 for images without a label), on every process.
+        Rows [N, ...], labels [N] (-1 for images without a label) and the samples' indices [N] (those that cannot be
+        read are missing), on every process.
     """
-    return map_samples(function, dataset, batch_size, num_workers, title)[:2]
-
-
-def map_samples(
-    function: Callable[[paddle.Tensor], paddle.Tensor],
-    dataset: Any,
-    batch_size: int,
-    num_workers: int = 0,
-    title: str = "",
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The same with the samples' indices [N]: those that cannot be read are missing."""
     rows, labels, indices = [], [], []
-    for batch in _batches(dataset, batch_size, num_workers, title):
+    for batch in _batches(dataset, batch_size, title, loading):
         images = batch["image"]
         rows.append(function(images if isinstance(images, paddle.Tensor) else paddle.to_tensor(images)).numpy())
         indices.append(np.asarray(batch["index"]))
@@ -86,7 +73,7 @@ def map_samples(
     return gathered[0][first], gathered[1][first], gathered[2][first]
 
 
-def _batches(dataset: Any, batch_size: int, num_workers: int, title: str) -> Iterator[dict[str, Any]]:
+def _batches(dataset: Any, batch_size: int, title: str, loading: dict[str, Any]) -> Iterator[dict[str, Any]]:
     sampler = EpochSampler(
         len(dataset),
         batch_size,
@@ -95,7 +82,7 @@ def _batches(dataset: Any, batch_size: int, num_workers: int, title: str) -> Ite
         shuffle=False,
         drop_last=False,
     )
-    loader = Loader(dataset, sampler, num_workers=num_workers)
+    loader = Loader(dataset, sampler, **loading)
     batches = loader.iterate(0, sampler.steps_per_epoch)
     hidden = None if distributed.is_main() else True  # None: shown on a terminal only
     yield from tqdm(batches, total=sampler.steps_per_epoch, desc=title, unit="batch", leave=False, disable=hidden)

@@ -15,7 +15,7 @@ from paddle import nn
 from passl import distributed
 from passl.data.feature_files import write_features
 from passl.evaluators.classification import check_batches
-from passl.evaluators.evaluator import Evaluator, map_samples
+from passl.evaluators.evaluator import Evaluator, map_dataset
 from passl.evaluators.names import relative_names
 from passl.formats.atomic import replacing
 from passl.registry import EVALUATORS
@@ -52,7 +52,7 @@ class Features(Evaluator):
         def features(images: paddle.Tensor) -> paddle.Tensor:
             return model(images).astype("float32")
 
-        rows, _, indices = map_samples(features, self.dataset, self.batch_size, self.num_workers, self.file)
+        rows, _, indices = map_dataset(features, self.dataset, self.batch_size, self.file, num_workers=self.num_workers)
         if not np.isfinite(rows).all():
             raise ValueError("features are not finite: the weights are damaged, or of another network")
         if distributed.is_main():

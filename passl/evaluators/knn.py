@@ -102,7 +102,7 @@ class KNN(Evaluator):
             rows = [normalize(backbone(images).astype("float32")) for backbone in backbones]
             return rows[0] if len(rows) == 1 else paddle.concat(rows, axis=1)
 
-        rows, labels = map_dataset(features, dataset, self.batch_size, self.num_workers, title)
+        rows, labels, _ = map_dataset(features, dataset, self.batch_size, title, num_workers=self.num_workers)
         return np.split(rows, len(backbones), axis=1), labels
 
 

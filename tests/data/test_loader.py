@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from passl.data.datasets import ImageFolder, ImageList
 from passl.data.loader import BadSamplesError, EpochSampler, Loader
 from passl.data.multi_crop import MultiCrop
 from passl.data.transforms import Compose, RandomResizedCrop, ToTensor
+from passl.data.workers import WorkerDiedError
 
 needs_workers = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Paddle has workers on Linux only")
 SMALL_VIEWS = functools.partial(MultiCrop, 16, 8, num_local_crops=3)
@@ -253,42 +255,165 @@ def test_images_of_different_sizes_are_an_error_that_says_what_to_do(folder: Pat
         batches_of(ImageFolder(folder, transform=ToTensor()))
 
 
-def _kill_own_process(image: Image.Image, rng: np.random.Generator) -> np.ndarray:
-    time.sleep(0.5)  # The main process is waiting for the batch by then.
+def _end_at(image: Image.Image, rng: np.random.Generator, end: Callable[[], None], waiting: bool) -> dict:
+    if image.getpixel((0, 0)) == (250, 0, 0):
+        if waiting:
+            time.sleep(0.5)  # The main process is waiting for the batch by then.
+        end()
+    # As large as a pipe, so that without shared memory half a message may be left in it.
+    return {"image": np.zeros((3, 100, 100), np.float32)}
+
+
+def _use_up(batches: Iterator[dict], pause: float) -> None:
+    for _ in batches:
+        time.sleep(pause)
+
+
+def _kill() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
-    return np.zeros(1)
+
+
+def _leave() -> None:
+    os._exit(7)
 
 
 @needs_workers
-def test_a_killed_worker_is_an_error_and_not_a_hang(folder: Path) -> None:
-    loader = Loader(ImageFolder(folder, transform=_kill_own_process), EpochSampler(14, 4), num_workers=1)
-    with pytest.raises((RuntimeError, SystemError), match="ended unexpectedly|killed"):
-        next(loader.iterate())
+@pytest.mark.parametrize("use_shared_memory", [True, False])
+@pytest.mark.parametrize("waiting", [True, False])
+@pytest.mark.parametrize(
+    ("end", "text"), [(_kill, "was killed by signal 9 (SIGKILL)"), (_leave, "ended by itself with exit code 7")]
+)
+def test_a_worker_that_dies_is_an_error_that_names_its_sample(
+    folder: Path, use_shared_memory: bool, waiting: bool, end: Callable[[], None], text: str
+) -> None:
+    Image.new("RGB", (8, 8), (250, 0, 0)).save(folder / "b" / "3.png")
+    transform = functools.partial(_end_at, end=end, waiting=waiting)
+    sampler = EpochSampler(14, 2, shuffle=False)
+    loader = Loader(ImageFolder(folder, transform), sampler, num_workers=2, use_shared_memory=use_shared_memory)
+    started = time.monotonic()
+    with pytest.raises(WorkerDiedError) as error:
+        _use_up(loader.iterate(), pause=0 if waiting else 0.2)
+    assert text in str(error.value)
+    assert f"while loading sample 10 ({folder / 'b' / '3.png'}) in epoch 0" in str(error.value)
+    assert time.monotonic() - started < 30, "it was noticed by a time limit only"
+
+
+@pytest.mark.smoke
+@needs_workers
+def test_workers_stay_over_the_epochs(folder: Path) -> None:
+    dataset = ImageFolder(folder, transform=lambda image, rng: {"pid": np.int64(os.getpid())})
+    loader = Loader(dataset, EpochSampler(14, 7), num_workers=2)
+    pids = [np.asarray(batch["pid"]) for batch in loader.iterate(0, 5 * loader.steps_per_epoch)]
+    assert len(pids) == 10
+    assert len(set(np.concatenate(pids).tolist()) - {os.getpid()}) == 2
+
+
+ONE_THREAD = """
+    import sys, time
+    import numpy as np
+    from passl.data.datasets import ImageFolder
+    from passl.data.loader import EpochSampler, Loader
+
+    def work(image, rng):
+        matrix = np.ones((700, 700), np.float32)
+        try:
+            import cv2
+        except ModuleNotFoundError:
+            threads = 1
+        else:
+            threads = cv2.getNumThreads()
+        before = time.process_time(), time.thread_time()
+        for _ in range(5):
+            matrix = matrix @ matrix / 700
+        process, thread = (now - then for now, then in zip((time.process_time(), time.thread_time()), before))
+        return {"share": np.float64(thread / process), "opencv": np.int64(threads)}
+
+    if __name__ == "__main__":
+        dataset = ImageFolder(sys.argv[1], transform=work)
+        np.ones((700, 700), np.float32) @ np.ones((700, 700), np.float32)  # starts the threads of this process
+        batches = Loader(dataset, EpochSampler(len(dataset), 4), num_workers=1).iterate(0, 3)
+        rows = [(float(min(b["share"].numpy())), int(max(b["opencv"].numpy()))) for b in batches]
+        # At first a thread of OpenBLAS spins, which has nothing to do, and OpenCV is imported meanwhile.
+        print(*rows[-1])
+"""
 
 
 @needs_workers
-@pytest.mark.parametrize("signal_number", [signal.SIGKILL, signal.SIGTERM])
-def test_workers_die_with_the_main_process(folder: Path, signal_number: int) -> None:
-    script = """
-        import os, subprocess, sys, time
+def test_a_worker_computes_in_one_thread(folder: Path) -> None:
+    environment = {**os.environ, **dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "2")}
+    command = [sys.executable, "-c", textwrap.dedent(ONE_THREAD), str(folder)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
+    share, threads_of_opencv = map(float, done.stdout.split())
+    assert share > 0.8, "other threads of the worker computed too"
+    assert threads_of_opencv == 1
+
+
+# --- shared memory ---
+
+
+def shared_files(pids: list[int]) -> list[str]:
+    return [name for name in os.listdir("/dev/shm") if any(name.startswith(f"paddle_{pid}_") for pid in pids)]
+
+
+@needs_workers
+@pytest.mark.parametrize("prefetch_factor", [1, 3])
+def test_shared_memory_is_bounded_and_given_back(folder: Path, prefetch_factor: int) -> None:
+    num_workers = 2
+    dataset = ImageFolder(folder, transform=lambda image, rng: {"image": np.full((3, 50, 50), os.getpid())})
+    loader = Loader(dataset, EpochSampler(14, 2), num_workers=num_workers, prefetch_factor=prefetch_factor)
+    arrays_of_a_batch = 3  # image, index, label
+    most, pids = 0, set()
+    for batch in loader.iterate(0, 60):
+        pids.add(int(np.asarray(batch["image"]).flat[0]))
+        time.sleep(0.01)  # time to run ahead, for those that may
+        most = max(most, len(shared_files(sorted(pids))))
+    del batch
+    assert len(pids) == num_workers
+    assert 0 < most <= arrays_of_a_batch * (num_workers * prefetch_factor + num_workers + 2)
+    assert shared_files(sorted(pids)) == []
+
+
+ENDS = {
+    "SIGKILL": "os.kill(os.getpid(), signal.SIGKILL)",
+    "SIGTERM": "os.kill(os.getpid(), signal.SIGTERM)",
+    "exception": "raise KeyError('a bug')",
+    "break": "break",
+    "killed worker": "os.kill(pids[0], signal.SIGKILL)",
+    "close": "batches.close(); break",
+}
+
+
+@needs_workers
+@pytest.mark.parametrize("use_shared_memory", [True, False])
+@pytest.mark.parametrize("end", ENDS)
+def test_nothing_outlives_the_main_process(folder: Path, end: str, use_shared_memory: bool) -> None:
+    script = f"""
+        import os, signal, sys, time
+        import numpy as np
         from passl.data.datasets import ImageFolder
         from passl.data.loader import EpochSampler, Loader
-        from passl.data.multi_crop import MultiCrop
-        dataset = ImageFolder(sys.argv[1], transform=MultiCrop(16, 8))
-        for step, batch in enumerate(Loader(dataset, EpochSampler(len(dataset), 4), num_workers=2).iterate()):
-            if step == 2:
-                print(*open(f"/proc/self/task/{os.getpid()}/children").read().split(), flush=True)
-            time.sleep(0.01)
+        def views(image, rng):
+            return {{"global_crops": np.zeros((2, 3, 90, 90), np.float32), "local_crops": np.zeros((4, 3, 9, 9))}}
+        dataset = ImageFolder(sys.argv[1], transform=views)
+        loader = Loader(dataset, EpochSampler(len(dataset), 4), num_workers=2, use_shared_memory={use_shared_memory})
+        batches = loader.iterate()
+        for step, batch in enumerate(batches):
+            if step == 5:
+                pids = [int(pid) for pid in open(f"/proc/self/task/{{os.getpid()}}/children").read().split()]
+                print(*pids, flush=True)
+                {ENDS[end]}
     """
     command = [sys.executable, "-c", textwrap.dedent(script), str(folder)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        workers = [int(pid) for pid in process.stdout.readline().split()]
-        process.send_signal(signal_number)
-    assert len(workers) == 2
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    workers = [int(pid) for pid in done.stdout.partition("\n")[0].split()]
+    assert len(workers) == 2, done.stderr
     deadline = time.monotonic() + 20
     while any(_is_running(pid) for pid in workers):
         assert time.monotonic() < deadline, "the workers survive the main process"
         time.sleep(0.1)
+    assert shared_files(workers) == []
+    assert "SystemError" not in done.stderr, "Paddle's message hides what happened"
 
 
 def _is_running(pid: int) -> bool:
