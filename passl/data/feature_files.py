@@ -32,8 +32,11 @@ def read_features(path: Union[str, os.PathLike], key: Optional[str] = None) -> n
             names it.
     """
     path = os.fspath(path)
+    suffix = os.path.splitext(path)[1].lower()
+    if suffix not in FORMATS:
+        raise UnreadableImageError(path, f"features are read from files that end in {', '.join(FORMATS)}")
     try:
-        array = _READERS[os.path.splitext(path)[1].lower()](path, key)
+        array = _READERS[suffix](path, key)
     except UnreadableImageError:
         raise
     except FileNotFoundError as error:

@@ -150,6 +150,10 @@ class RegionMultiCrop:
 
     def __call__(self, grid: np.ndarray, rng: Generator) -> dict[str, np.ndarray]:
         """[D, rows, columns] -> `global_crops` [2, D, h, w] and, if any, `local_crops` [n, D, h, w]."""
+        if getattr(grid, "ndim", 0) != 3:
+            raise ValueError(
+                f"RegionMultiCrop takes the grids of RegionFeatures, not {type(grid).__name__}: use MultiCrop"
+            )
         views = {"global_crops": self._views(grid, rng, self.global_crops_scale, 2)}
         if self.num_local_crops:
             views["local_crops"] = self._views(grid, rng, self.local_crops_scale, self.num_local_crops)

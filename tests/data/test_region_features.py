@@ -8,6 +8,7 @@ import zipfile
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from passl.data.feature_files import write_features
 from passl.data.image_io import UnreadableImageError
@@ -113,6 +114,11 @@ def test_views_of_a_region_that_is_not_square():
 def test_wrong_views(arguments, message):
     with pytest.raises(ValueError, match=message):
         RegionMultiCrop(**arguments)
+
+
+def test_views_of_an_image():
+    with pytest.raises(ValueError, match="takes the grids of RegionFeatures, not Image: use MultiCrop"):
+        RegionMultiCrop()(Image.new("RGB", (32, 32)), np.random.default_rng(0))
 
 
 def test_a_view_without_patches():
@@ -272,6 +278,12 @@ def test_what_is_in_a_pt_file_is_not_executed(tmp_path):
     with pytest.raises(UnreadableImageError):
         RegionFeatures(tmp_path).features(0)
     assert not (tmp_path / "executed").exists()
+
+
+def test_a_list_of_other_files(tmp_path):
+    (tmp_path / "list.txt").write_text("a.png\n")
+    with pytest.raises(UnreadableImageError, match="a.png: features are read from files that end in .npy, .npz, .pt"):
+        RegionFeatures(list_file=tmp_path / "list.txt").features(0)
 
 
 def test_a_file_that_vanished(tmp_path):

@@ -10,6 +10,7 @@ import paddle
 import pytest
 
 from passl import checkpoint
+from passl.config import load as load_config
 from passl.convert import convert, load_torch
 from passl.engine.optim import AdamW
 from passl.engine.trainer import Trainer
@@ -123,6 +124,23 @@ def test_the_recorded_run(run, reference):
             actual, _ = split_null(name, to_torch(name, state[name].numpy()), list(state))
             assert_close(actual, split_null(name, expected, list(state))[0], TOLERANCE, f"{network} {name}")
     assert_close(trainer.method.dino_loss.center, snapshot["dino_loss"]["center"], TOLERANCE, "final center")
+
+
+def test_the_recipe_has_the_settings_of_clemsgrs():
+    config = load_config(tiny.ROOT / "configs/dino/dino_hvit_xs_patch256_4096_pt_1n8c_dp_fp16o1.yaml")
+    official = load_config(tiny.ROOT / "configs/_base_/dino_pretrain.yaml")
+    assert config["Global"]["epochs"] == 125
+    assert config["Schedules"] == official["Schedules"]  # with 10 epochs of warm-up
+    assert config["Optimizer"] == official["Optimizer"]
+    assert config["Model"]["backbone"]["name"] == "hvit_xs"
+    assert config["Model"]["head"] == {"name": "DINOHead", "out_dim": 65536, "norm_last_layer": False, "use_bn": False}
+    train = config["DataLoader"]["Train"]
+    assert train["sampler"]["batch_size"] == 16
+    transform = {key: value for key, value in train["dataset"]["transform"].items() if key != "name"}
+    assert transform == {"global_crops_scale": 0.875, "local_crops_scale": 0.375, "num_local_crops": 8}
+    patches = load_config(tiny.ROOT / "configs/dino/dino_vit_small_patch16_224_pt_patches_1n8c_dp_fp16o1.yaml")
+    assert 50 <= patches["Global"]["epochs"] <= 100
+    assert patches["Schedules"]["lr"]["warmup"] == "3ep"
 
 
 CONTINUED = """

@@ -1,5 +1,6 @@
 """The transformers of clemsgrs/dino, over regions and over patches, against recorded outputs of that code."""
 
+import functools
 import json
 
 import numpy as np
@@ -7,7 +8,7 @@ import paddle
 import pytest
 
 from passl.convert import load_torch
-from passl.models import LinearProbe, RegionTransformer, VisionTransformer, hvit_xs
+from passl.models import DINO, DINOHead, LinearProbe, RegionTransformer, VisionTransformer, hvit_xs
 from tests.models.weights import (
     assert_close,
     assert_gradients_reach_everything,
@@ -129,9 +130,27 @@ def test_linear_probe_takes_its_layers():
     assert probe.predict(paddle.randn([2, 5, 3, 3])).shape == [2, 3]
 
 
+def test_dropout_is_of_the_student_in_training():
+    backbone = functools.partial(RegionTransformer, 4, grid_size=3, embed_dim=8, depth=1, num_heads=2, drop_rate=0.5)
+    method = DINO(backbone, functools.partial(DINOHead, out_dim=6, hidden_dim=8, bottleneck_dim=4))
+    method.train()
+    x = paddle.randn([2, 4, 3, 3])
+    student, teacher = method.student.backbone, method.teacher.backbone
+    assert (student(x) - student(x)).abs().max().item() > 1e-3
+    assert_close(teacher(x), teacher(x), 0)
+    student.eval()
+    assert_close(student(x), teacher(x), 1e-6)
+
+
+def test_features_of_another_width():
+    with pytest.raises(ValueError, match="the features of the patches are 5 wide, and in_chans is 4"):
+        RegionTransformer(4, embed_dim=8, depth=1, num_heads=2)(paddle.zeros([1, 5, 3, 3]))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ({"drop_rate": 1.0}, r"drop_rate \(1.0\) must be in \[0, 1\)"),
         ({"grid_size": 0}, r"grid_size \(0\) must be at least 1"),
         ({"in_chans": 0}, r"in_chans \(0\) must be at least 1"),
         ({"num_heads": 5}, r"embed_dim \(8\) must be a multiple of num_heads \(5\)"),
