@@ -19,7 +19,8 @@ Train what a configuration describes: DINO pre-training, or a linear probe on a 
   python -m paddle.distributed.launch --devices 0,1,2,3 $(which passl-train) -c pretrain.yaml
 """
 _EVAL_HELP = """\
-Score frozen weights with the evaluators of a configuration (KNN, Classification).
+Score frozen weights, or write their features, with the evaluators of a configuration: KNN, Classification, Features,
+RegionExtraction (docs/data.md).
 
   passl-eval -c configs/demo/knn.yaml -o Global.pretrained_model=output/DINO/latest
 """
