@@ -20,7 +20,7 @@ from PIL import Image
 from passl.data.errors import UnreadableImageError
 
 _NPY_MAGIC, _PNG_MAGIC = b"\x93NUMPY", b"\x89PNG\r\n\x1a\n"
-_TIFF_MAGICS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+TIFF_MAGICS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _JPEG_MAGIC = b"\xff\xd8\xff"
 _FULL_SCALE = {np.dtype(np.uint8): 255.0, np.dtype(np.uint16): 65535.0}
 _LARGEST = float(np.finfo(np.float32).max)
@@ -59,14 +59,14 @@ def is_eight_bit(data: bytes) -> bool:
         return False
     try:
         with Image.open(io.BytesIO(data)) as image:
-            if data.startswith(_TIFF_MAGICS):
+            if data.startswith(TIFF_MAGICS):
                 bits = image.tag_v2.get(_BITS_PER_SAMPLE, 1)
                 return max(bits if isinstance(bits, tuple) else (bits,)) <= 8
             return not (image.mode in ("I", "F") or image.mode.startswith("I;16"))
     # Pillow's errors for damaged files have no common class below Exception. What it cannot open may be a TIFF that
     # tifffile can.
     except Exception:
-        return not data.startswith(_TIFF_MAGICS)
+        return not data.startswith(TIFF_MAGICS)
 
 
 def read_array(name: str, data: bytes, channels: Optional[int] = None) -> np.ndarray:
@@ -110,7 +110,7 @@ def reason_of(error: Exception) -> str:
 def _decode(name: str, data: bytes, channels: Optional[int]) -> np.ndarray:
     if data.startswith(_NPY_MAGIC):
         array = _read_npy(name, data)
-    elif data.startswith(_TIFF_MAGICS):
+    elif data.startswith(TIFF_MAGICS):
         array = _read_tiff(name, data, channels)
     elif data.startswith(_PNG_MAGIC) and len(data) > 25 and data[24] == 16:
         array = _read_png(name, data)

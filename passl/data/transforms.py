@@ -116,9 +116,9 @@ def draw_crop_box(
             return Box(top, left, box_height, box_width)
     box_height, box_width = height, width
     if width < height * ratio[0]:
-        box_height = round(width / ratio[0])
+        box_height = max(1, round(width / ratio[0]))
     elif width > height * ratio[1]:
-        box_width = round(height * ratio[1])
+        box_width = max(1, round(height * ratio[1]))
     return Box((height - box_height) // 2, (width - box_width) // 2, box_height, box_width)
 
 
