@@ -7,7 +7,7 @@ in the units of `unit_floats`.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Optional
 
 import numpy as np
 from PIL import Image
@@ -15,24 +15,29 @@ from PIL import Image
 from passl.data.raw_images import unit_floats
 
 if TYPE_CHECKING:
-    from passl.data.transforms import Box
+    from passl.data.geometry import Box
 
 
-def resize(array: np.ndarray, height: int, width: int, resampling: Image.Resampling) -> np.ndarray:
-    """Resize with antialiasing to float32 [height, width, C]."""
-    if array.shape[:2] == (height, width):
+Part = Optional[tuple[float, float, float, float]]
+
+
+def resize(array: np.ndarray, height: int, width: int, resampling: Image.Resampling, part: Part = None) -> np.ndarray:
+    """Resize with antialiasing to float32 [height, width, C]; `part`: as the `box` of Pillow's `resize`."""
+    if part is None and array.shape[:2] == (height, width):
         return unit_floats(array)
-    return np.moveaxis(resize_planes(to_tensor(array), height, width, resampling), 0, -1)
+    return np.moveaxis(resize_planes(to_tensor(array), height, width, resampling, part), 0, -1)
 
 
-def resize_planes(planes: np.ndarray, height: int, width: int, resampling: Image.Resampling) -> np.ndarray:
+def resize_planes(
+    planes: np.ndarray, height: int, width: int, resampling: Image.Resampling, part: Part = None
+) -> np.ndarray:
     """The same of float32 [C, H, W]."""
-    if planes.shape[1:] == (height, width):
+    if part is None and planes.shape[1:] == (height, width):
         return planes
     result = np.empty((len(planes), height, width), np.float32)
     # Pillow's filters know one float channel at a time; OpenCV has no antialiased bicubic one.
     for plane, resized in zip(planes, result):
-        resized[...] = Image.fromarray(np.ascontiguousarray(plane)).resize((width, height), resampling)
+        resized[...] = Image.fromarray(np.ascontiguousarray(plane)).resize((width, height), resampling, part)
     return result
 
 

@@ -15,13 +15,13 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from passl.data.errors import UnreadableImageError
-from passl.data.raw_images import exif_orientation, is_eight_bit, read_array, reason_of
+from passl.data.raw_images import TIFF_MAGICS, exif_orientation, is_eight_bit, read_array, reason_of
 
 # What transforms get: 8-bit RGB as Pillow's, all else as an array [H, W, C].
 AnyImage = Union[Image.Image, np.ndarray]
 # Formats that Pillow registers a reader for without being able to decode them by itself.
 _UNDECODABLE_FORMATS = frozenset({"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"})
-_NPY_REASON = "an array, not a picture: say what it is in the configuration's section Data, such as Data.channels=3"
+_SAY_CHANNELS = "say what it is in the configuration's section Data, such as Data.channels=3"
 
 
 @functools.cache
@@ -98,8 +98,11 @@ class ImageSource:
         # files: there is no narrower common class.
         except Exception as error:
             if self.data.startswith(b"\x93NUMPY"):
-                raise UnreadableImageError(self.name, _NPY_REASON) from error
-            raise UnreadableImageError(self.name, reason_of(error)) from error
+                raise UnreadableImageError(self.name, f"an array, not a picture: {_SAY_CHANNELS}") from error
+            reason = reason_of(error)
+            if isinstance(error, Image.UnidentifiedImageError) and self.data.startswith(TIFF_MAGICS):
+                reason = f"a TIFF that is damaged, or that Pillow has no mode for: {_SAY_CHANNELS}"
+            raise UnreadableImageError(self.name, reason) from error
 
 
 def read_source(path: Union[str, os.PathLike], channels: Optional[int] = None) -> ImageSource:

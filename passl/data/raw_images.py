@@ -11,6 +11,7 @@ import io
 import logging
 import math
 import struct
+from collections.abc import Sequence
 from typing import Any, Optional
 
 import numpy as np
@@ -19,12 +20,13 @@ from PIL import Image
 from passl.data.errors import UnreadableImageError
 
 _NPY_MAGIC, _PNG_MAGIC = b"\x93NUMPY", b"\x89PNG\r\n\x1a\n"
-_TIFF_MAGICS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+TIFF_MAGICS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _JPEG_MAGIC = b"\xff\xd8\xff"
 _FULL_SCALE = {np.dtype(np.uint8): 255.0, np.dtype(np.uint16): 65535.0}
+_LARGEST = float(np.finfo(np.float32).max)
 _ORIENTATION = 0x0112
 _BITS_PER_SAMPLE = 258
-_MAX_COMPRESSION = 1100  # what deflate reaches, and a bit
+_MAX_COMPRESSION = 100  # of huge images; empty ones in deflate reach 1000
 
 
 # --- scale ---
@@ -57,14 +59,14 @@ def is_eight_bit(data: bytes) -> bool:
         return False
     try:
         with Image.open(io.BytesIO(data)) as image:
-            if data.startswith(_TIFF_MAGICS):
+            if data.startswith(TIFF_MAGICS):
                 bits = image.tag_v2.get(_BITS_PER_SAMPLE, 1)
                 return max(bits if isinstance(bits, tuple) else (bits,)) <= 8
             return not (image.mode in ("I", "F") or image.mode.startswith("I;16"))
     # Pillow's errors for damaged files have no common class below Exception. What it cannot open may be a TIFF that
     # tifffile can.
     except Exception:
-        return not data.startswith(_TIFF_MAGICS)
+        return not data.startswith(TIFF_MAGICS)
 
 
 def read_array(name: str, data: bytes, channels: Optional[int] = None) -> np.ndarray:
@@ -81,7 +83,7 @@ def read_array(name: str, data: bytes, channels: Optional[int] = None) -> np.nda
 
     Raises:
         UnreadableImageError: damaged, no image, another number of channels, too many pixels for Pillow's limit, or
-            values that are not finite.
+            values that are not finite as float32.
     """
     if not data:
         raise UnreadableImageError(name, "the file is empty (0 bytes)")
@@ -108,7 +110,7 @@ def reason_of(error: Exception) -> str:
 def _decode(name: str, data: bytes, channels: Optional[int]) -> np.ndarray:
     if data.startswith(_NPY_MAGIC):
         array = _read_npy(name, data)
-    elif data.startswith(_TIFF_MAGICS):
+    elif data.startswith(TIFF_MAGICS):
         array = _read_tiff(name, data, channels)
     elif data.startswith(_PNG_MAGIC) and len(data) > 25 and data[24] == 16:
         array = _read_png(name, data)
@@ -137,10 +139,12 @@ def _check(name: str, array: np.ndarray, channels: Optional[int]) -> None:
         raise UnreadableImageError(
             name, f"has {_counted(found)} (an array {list(array.shape)}), and Data.channels is {channels}: {hint}"
         )
-    if array.dtype.kind == "f" and not math.isfinite(array.sum(dtype=np.float64)):
-        broken = array.size - np.count_nonzero(np.isfinite(array))
-        if broken:
-            raise UnreadableImageError(name, f"{broken} of {array.size} values are not finite (NaN or infinite)")
+    # NaN is the smallest and the largest of all that have one.
+    if array.dtype.kind == "f" and not max(-float(array.min()), float(array.max())) <= _LARGEST:
+        with np.errstate(over="ignore"):
+            broken = np.count_nonzero(~np.isfinite(array.astype(np.float32)))
+        what = "too large for float32" if np.isfinite(array).all() else "not finite (NaN or infinite)"
+        raise UnreadableImageError(name, f"{broken} of {array.size} values are {what}")
 
 
 def _counted(channels: int) -> str:
@@ -160,12 +164,15 @@ def _read_npy(name: str, data: bytes) -> np.ndarray:
     }.get(version)
     if read_header is None:
         raise UnreadableImageError(name, f"a .npy of version {version}, which images never need: save it again")
-    shape, is_fortran, dtype = read_header(file)
+    try:
+        shape, is_fortran, dtype = read_header(file)
+    except MemoryError as error:  # Python's word for an expression that is nested too deeply.
+        raise UnreadableImageError(name, "the header of the .npy is no header") from error
     if dtype.hasobject or dtype.kind not in "uif":
         raise UnreadableImageError(
             name, f"holds values of type {dtype}: save them as uint8, uint16, float16, float32 or float64"
         )
-    if len(shape) not in (2, 3):
+    if len(shape) not in (2, 3) or min(shape) < 1:
         raise UnreadableImageError(name, f"holds an array {list(shape)}, not [height, width, channels]")
     count, start = math.prod(shape), file.tell()
     if len(data) - start < count * dtype.itemsize:
@@ -252,33 +259,42 @@ def _read_tiff(name: str, data: bytes, channels: Optional[int]) -> np.ndarray:
     logging.getLogger("tifffile").setLevel(logging.CRITICAL)
     with tifffile.TiffFile(io.BytesIO(data)) as file:
         page = file.pages[0]
-        series = file.series[0]
+        series = _channel_series(file.series)
         _check_tiff_size(name, page, series, len(data))
         if _is_for_pillow(page):
             return _read_with_pillow(data)
         orientation = page.tags.valueof(_ORIENTATION, 1)
         try:
-            array = series.asarray()
+            arrays = [part.asarray() for part in series]
         except ValueError as error:
             if "imagecodecs" not in str(error) and "not supported" not in str(error):
                 raise
             array, axes = _read_otherwise(name, data, page, error), "YXS"
         else:
-            axes = series.axes
+            axes = series[0].axes
+            array, axes = (arrays[0], axes) if len(arrays) == 1 else (np.stack(arrays), f"I{axes}")
     return _upright(_channels_last(name, array, axes, channels), orientation)
 
 
-def _check_tiff_size(name: str, page: Any, series: Any, size: int) -> None:
+def _channel_series(found: Sequence[Any]) -> list[Any]:
+    """The first of the images that tifffile found in a file. All of them, if they are planes of one size and type: the
+    channels, written page by page."""
+    first = found[0]
+    alike = all((one.axes, one.shape, one.dtype) == ("YX", first.shape, first.dtype) for one in found)
+    return list(found) if alike else [first]
+
+
+def _check_tiff_size(name: str, page: Any, series: Sequence[Any], size: int) -> None:
     """Pillow's rule against decompression bombs, which tifffile does not have."""
     limit = Image.MAX_IMAGE_PIXELS
     if limit is None:
         return
-    height, width = page.imagelength, page.imagewidth
-    if height * width > 2 * limit or (series.size > 2 * limit and series.nbytes > _MAX_COMPRESSION * size):
+    count, num_bytes = sum(part.size for part in series), sum(part.nbytes for part in series)
+    if page.imagelength * page.imagewidth > 2 * limit or (count > 2 * limit and num_bytes > _MAX_COMPRESSION * size):
         raise UnreadableImageError(
             name,
-            f"{list(series.shape)} values of {series.dtype} in {size} bytes could be a decompression bomb: more than "
-            f"twice PIL.Image.MAX_IMAGE_PIXELS ({limit})",
+            f"{count} values of {series[0].dtype} in {size} bytes could be a decompression bomb: more than twice "
+            f"PIL.Image.MAX_IMAGE_PIXELS ({limit})",
         )
 
 

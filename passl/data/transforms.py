@@ -10,44 +10,31 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Optional
+from typing import Any, Optional
 
 import numpy as np
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
 from passl.data import arrays
 from passl.data.arguments import Size, check_jitter_strengths, height_and_width, positive_range, probability
+from passl.data.geometry import (  # noqa: F401 (they have always been found here)
+    INTERPOLATIONS,
+    Box,
+    center_crop,
+    checked_interpolation,
+    crop,
+    image_size,
+    resize,
+    resized_center,
+    resized_crop,
+)
 from passl.data.image_io import AnyImage
 from passl.data.photometric import is_kept
 from passl.registry import TRANSFORMS
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-INTERPOLATIONS = {
-    "nearest": Image.Resampling.NEAREST,
-    "bilinear": Image.Resampling.BILINEAR,
-    "bicubic": Image.Resampling.BICUBIC,
-    "lanczos": Image.Resampling.LANCZOS,
-    "box": Image.Resampling.BOX,
-    "hamming": Image.Resampling.HAMMING,
-}
-
 Generator = np.random.Generator
-
-
-class Box(NamedTuple):
-    """A rectangle of pixels: its first row and column, its height and width."""
-
-    top: int
-    left: int
-    height: int
-    width: int
-
-
-def _resampling(interpolation: str) -> Image.Resampling:
-    if interpolation not in INTERPOLATIONS:
-        raise ValueError(f"interpolation must be one of {', '.join(INTERPOLATIONS)}, not {interpolation!r}")
-    return INTERPOLATIONS[interpolation]
 
 
 # --- operations with given parameters ---
@@ -102,61 +89,6 @@ def horizontal_flip(image: AnyImage) -> AnyImage:
     return ImageOps.mirror(image)
 
 
-def image_size(image: AnyImage) -> tuple[int, int]:
-    """(height, width) in pixels"""
-    return image.shape[:2] if isinstance(image, np.ndarray) else (image.height, image.width)
-
-
-def resize(image: AnyImage, size: Size, interpolation: str = "bilinear") -> AnyImage:
-    """Resize with antialiasing. An int is the shorter side's new length, `[height, width]` the exact size."""
-    if isinstance(size, int):
-        height, width = image_size(image)
-        # torchvision truncates the longer side.
-        if width <= height:
-            new_width, new_height = size, int(size * height / width)
-        else:
-            new_width, new_height = int(size * width / height), size
-    else:
-        new_height, new_width = size
-    return _resized(image, new_height, new_width, interpolation)
-
-
-def _resized(image: AnyImage, height: int, width: int, interpolation: str) -> AnyImage:
-    if isinstance(image, np.ndarray):
-        return arrays.resize(image, height, width, _resampling(interpolation))
-    return image.resize((width, height), _resampling(interpolation))
-
-
-def crop(image: AnyImage, box: Box) -> AnyImage:
-    """The pixels in `box`; what lies outside of the image is black."""
-    if isinstance(image, np.ndarray):
-        return arrays.crop(image, box)
-    return image.crop((box.left, box.top, box.left + box.width, box.top + box.height))
-
-
-def center_crop(image: AnyImage, size: Size) -> AnyImage:
-    """The middle of the image; a smaller image is padded with black, a little more at right and bottom."""
-    height, width = height_and_width(size)
-    image_height, image_width = image_size(image)
-    top = _center_offset(image_height, height)
-    left = _center_offset(image_width, width)
-    return crop(image, Box(top, left, height, width))
-
-
-def _center_offset(length: int, wanted: int) -> int:
-    # round() to even inside, floor outside: both as torchvision.
-    return round((length - wanted) / 2) if length >= wanted else -((wanted - length) // 2)
-
-
-def resized_crop(image: AnyImage, box: Box, size: Size, interpolation: str = "bilinear") -> AnyImage:
-    """Cut `box` out and resize it to exactly `size`.
-
-    In two steps, because `Image.resize(box=...)` lets the pixels around the box into the result.
-    """
-    height, width = height_and_width(size)
-    return _resized(crop(image, box), height, width, interpolation)
-
-
 # --- drawing parameters ---
 
 
@@ -185,9 +117,9 @@ def draw_crop_box(
             return Box(top, left, box_height, box_width)
     box_height, box_width = height, width
     if width < height * ratio[0]:
-        box_height = round(width / ratio[0])
+        box_height = max(1, round(width / ratio[0]))
     elif width > height * ratio[1]:
-        box_width = round(height * ratio[1])
+        box_width = max(1, round(height * ratio[1]))
     return Box((height - box_height) // 2, (width - box_width) // 2, box_height, box_width)
 
 
@@ -236,15 +168,24 @@ def apply_color_jitter(image: AnyImage, steps: JitterSteps) -> AnyImage:
 
 
 class Compose:
-    """Apply `transforms` one after the other with one generator; it takes what the first of them takes."""
+    """Apply `transforms` one after the other with one generator; it takes what the first of them takes.
+
+    A `CenterCrop` right after a `Resize` is made in one step with it.
+    """
 
     def __init__(self, transforms: Sequence[Callable[..., Any]]) -> None:
         self.transforms = list(transforms)
+        self._steps: list[Callable[..., Any]] = []
+        for transform in transforms:
+            if self._steps and type(transform) is CenterCrop and type(self._steps[-1]) is Resize:
+                self._steps[-1] = _ResizedCenter(self._steps[-1], transform)
+            else:
+                self._steps.append(transform)
         self.takes_source = bool(self.transforms) and getattr(self.transforms[0], "takes_source", False)
 
     def __call__(self, image: Any, rng: Optional[Generator] = None) -> Any:
-        for transform in self.transforms:
-            image = transform(image, rng)
+        for step in self._steps:
+            image = step(image, rng)
         return image
 
 
@@ -254,9 +195,8 @@ class Resize:
 
     def __init__(self, size: Size, interpolation: str = "bilinear") -> None:
         height_and_width(size)
-        _resampling(interpolation)
         self.size = size
-        self.interpolation = interpolation
+        self.interpolation = checked_interpolation(interpolation)
 
     def __call__(self, image: AnyImage, rng: Optional[Generator] = None) -> AnyImage:
         return resize(image, self.size, self.interpolation)
@@ -273,6 +213,17 @@ class CenterCrop:
         return center_crop(image, self.size)
 
 
+class _ResizedCenter:
+    """Both, see `resized_center`."""
+
+    def __init__(self, first: Resize, second: CenterCrop) -> None:
+        self.first = first
+        self.second = second
+
+    def __call__(self, image: AnyImage, rng: Optional[Generator] = None) -> AnyImage:
+        return resized_center(image, self.first.size, self.second.size, self.first.interpolation)
+
+
 @TRANSFORMS.register()
 class RandomResizedCrop:
     """A random box (share of the area in `scale`, width/height in `ratio`) resized to `size`."""
@@ -287,8 +238,7 @@ class RandomResizedCrop:
         self.size = height_and_width(size)
         self.scale = positive_range(scale, "scale", highest=1.0)
         self.ratio = positive_range(ratio, "ratio")
-        _resampling(interpolation)
-        self.interpolation = interpolation
+        self.interpolation = checked_interpolation(interpolation)
 
     def __call__(self, image: AnyImage, rng: Generator) -> AnyImage:
         box = draw_crop_box(rng, *image_size(image), self.scale, self.ratio)

@@ -185,6 +185,42 @@ def test_nothing_in_a_file_is_executed():
         read_array("pickle.npy", file.getvalue())
 
 
+def npy_file(header, body):
+    return b"\x93NUMPY\1\0" + len(header).to_bytes(2, "little") + header.encode() + body
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (
+            npy_file("{'descr': '<f4', 'fortran_order': False, 'shape': (-1, 5, 2)}", bytes(400)),
+            r"an array \[-1, 5, 2\]",
+        ),
+        (npy_file("{'descr': '<f4', 'fortran_order': False, 'shape': (9999999, 9999999)}", bytes(4)), "truncated"),
+        (npy_file("-" * 9000 + "1", bytes(400)), "the header of the .npy is no header|RecursionError"),
+    ],
+)
+def test_hostile_headers_of_arrays(data, reason):
+    with pytest.raises(UnreadableImageError, match=reason):
+        read_array("hostile.npy", data)
+
+
+def test_values_that_float32_cannot_hold():
+    file = io.BytesIO()
+    np.save(file, np.array([[1e300, -1e300, 1.0]]))
+    with pytest.raises(UnreadableImageError, match="2 of 3 values are too large for float32"):
+        read_array("large.npy", file.getvalue())
+
+
+def test_pages_written_one_by_one_are_the_channels():
+    planes = values(5).transpose(2, 0, 1)
+    file = io.BytesIO()
+    with tifffile.TiffWriter(file) as writer:
+        for plane in planes:
+            writer.write(plane, photometric="minisblack")
+    np.testing.assert_array_equal(read_array("pages.tif", file.getvalue()), planes.transpose(1, 2, 0))
+
+
 def test_decompression_bombs_are_refused(monkeypatch):
     data = tiff(np.zeros((300, 300, 5), np.uint8), photometric="minisblack", planarconfig="contig", compression="zlib")
     assert read_array("zeros.tif", data).shape == (300, 300, 5)
@@ -225,3 +261,9 @@ def test_reading_warns_of_nothing():
         warnings.simplefilter("error")
         read_array("a", npy(values(5)))
         read_array("a", tiff(values(5)))
+
+
+def test_a_tiff_of_other_channels_says_what_to_set():
+    data = tiff(values(2), photometric="minisblack", planarconfig="contig")
+    with pytest.raises(UnreadableImageError, match=r"no mode for: say what it is in .* Data\.channels=3"):
+        ImageSource("two.tif", data).rgb()

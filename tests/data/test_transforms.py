@@ -186,3 +186,34 @@ def test_all_transforms_are_registered() -> None:
     expected = {"CenterCrop", "ColorJitter", "GaussianBlur", "MultiCrop", "Normalize", "RandomGrayscale"}
     expected |= {"RandomHorizontalFlip", "RandomResizedCrop", "Resize", "Solarize", "ToTensor"}
     assert expected <= set(TRANSFORMS.names())
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic", "lanczos"])
+@pytest.mark.parametrize("shape", [(1, 3000), (7, 2500), (3000, 1), (1711, 5)])
+def test_middle_of_a_long_image_is_that_of_two_steps(shape: tuple[int, int], interpolation: str) -> None:
+    rng = np.random.default_rng(sum(shape))
+    values = rng.integers(0, 256, (*shape, 3), dtype=np.uint8)
+    for size, crop_size in ((32, 28), (20, 9), (11, [4, 34])):
+        both = [T.Resize(size, interpolation), T.CenterCrop(crop_size)]
+        for image, unit in ((Image.fromarray(values), 1), (values.astype(np.float32) / 255, 1e-5)):
+            expected = np.asarray(both[1](both[0](image)), np.float64)
+            result = np.asarray(T.Compose(both)(image), np.float64)
+            assert result.shape == expected.shape
+            assert np.abs(result - expected).max() <= unit
+            assert np.mean(np.abs(result - expected)) < unit / 20  # halves may be rounded otherwise
+
+
+def test_middle_of_a_long_image_takes_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = []
+    original = Image.Image.resize
+    monkeypatch.setattr(Image.Image, "resize", lambda *args: sizes.append(args[1]) or original(*args))
+    assert T.Compose([T.Resize(256, "bicubic"), T.CenterCrop(224)])(Image.new("RGB", (5000, 1))).size == (224, 224)
+    assert max(map(max, sizes)) <= 256
+
+
+@pytest.mark.parametrize("ratio", [(3.0, 4.0), (0.1, 0.2)])
+def test_boxes_are_never_empty(ratio: tuple[float, float]) -> None:
+    for height, width in ((1, 1), (1, 9), (9, 1), (2, 2)):
+        box = T.draw_crop_box(np.random.default_rng(0), height, width, (0.9, 1.0), ratio)
+        assert 1 <= box.height <= height
+        assert 1 <= box.width <= width
