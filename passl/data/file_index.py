@@ -1,7 +1,8 @@
 """Which files a tree of folders holds: found once, kept small in memory, and kept on disk for the next start.
 
-An index on disk is used as long as no folder of the tree has changed, which its modification time tells: it changes
-when a name in the folder appears, goes or is replaced. So a start looks at each folder, not at each file.
+An index on disk is used as long as no folder of the tree has changed, which its change time tells: it moves when a name
+in the folder appears, goes or is replaced, and unlike the modification time nobody can set it back, as `tar` does. So a
+start looks at each folder, not at each file.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from passl.formats.atomic import replacing
 logger = logging.getLogger("passl")
 
 _VERSION = 1
-# A folder that changed again within the resolution of its file system's clock would keep its modification time.
+# A folder that changed again within the resolution of its file system's clock would keep its change time.
 _SURE_AFTER = 2_000_000_000  # nanoseconds
 _cache_folder: Optional[Path] = None
 
@@ -107,7 +108,7 @@ class FileIndex:
     Attributes:
         folders: of the tree, relative to `root` ("" is `root` itself), sorted; also those without files.
         counts: int64 [len(folders)], files in each.
-        times: int64 [len(folders)], modification times in nanoseconds.
+        times: int64 [len(folders)], change times in nanoseconds.
         names: of the files, sorted within each folder.
         scanned: when the tree was looked through, nanoseconds.
     """
@@ -216,7 +217,7 @@ def _walk(
                 below.append(name)
             elif os.path.splitext(name)[1].lower() in extensions:
                 names.append(name)
-    yield folder, status.st_mtime_ns, names
+    yield folder, status.st_ctime_ns, names
     for name in below:
         yield from _walk(root, os.path.join(folder, name), extensions, above | {identity})
 
@@ -229,7 +230,7 @@ def _is_folder(entry: os.DirEntry) -> bool:
 
 
 def _time(path: str) -> int:
-    return os.stat(path).st_mtime_ns
+    return os.stat(path).st_ctime_ns
 
 
 # --- on disk ---
