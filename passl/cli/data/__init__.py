@@ -8,7 +8,17 @@ from typing import Optional
 from passl.cli.common import RUN_ERROR, new_parser, stop
 from passl.cli.data import demo, public, stats, tar
 
-_HELP = "Make and check data sets."
+_HELP = """\
+Make, fetch, pack, check and measure data sets.
+
+  passl-data demo --out demo_data                                             ten classes of drawn shapes
+  passl-data cifar10                                                          dataset/cifar10/{train,test}/<class>/
+  passl-data tar-index --tarball_path data/pretrain_dataset.tar --output_root data
+  passl-data tar-check data/pretrain_dataset.tar                              corrupt and duplicate images
+  passl-data stats slides/ --out stats.yaml                                   mean and deviation of any channels
+
+docs/data.md explains them; COMMAND --help has more.
+"""
 _COMMANDS = (demo, public, stats, tar)
 
 
