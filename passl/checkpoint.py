@@ -386,14 +386,6 @@ def checksum(path: Path) -> int:
     return value
 
 
-def weights_checksum(layer: nn.Layer) -> int:
-    """A number that tells whether results of two runs are of the same weights."""
-    value = 0
-    for name, tensor in sorted(layer.state_dict().items()):
-        value = zlib.crc32(np.ascontiguousarray(tensor.numpy()), zlib.crc32(name.encode(), value))
-    return value
-
-
 def _link(source: Path, target: Path) -> None:
     partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
     try:

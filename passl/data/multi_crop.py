@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 
@@ -65,7 +66,7 @@ class MultiCrop:
         local_blur_prob: float = 0.5,
         mean: Sequence[float] = IMAGENET_MEAN,
         std: Sequence[float] = IMAGENET_STD,
-        backend: str = "opencv",
+        backend: Literal["opencv", "pillow"] = "opencv",
     ) -> None:
         if num_local_crops < 0:
             raise ValueError(f"num_local_crops must be at least 0, not {num_local_crops!r}")
@@ -111,8 +112,10 @@ class MultiCrop:
             "gray_prob": gray_prob,
             "global_solarize_probs": global_solarize_probs,
         }
+        self._choose_backends(backend, mean, std)
+
+    def _choose_backends(self, backend: str, mean: Sequence[float], std: Sequence[float]) -> None:
         self.raw_backend = RawBackend(mean, std)
-        self.backend_name = backend
         # For other numbers of channels it is there for its name to be checked.
         self.backend = make_backend(backend, *((mean, std) if len(mean) == 3 else (IMAGENET_MEAN, IMAGENET_STD)))
         self.takes_pictures = len(mean) == 3
