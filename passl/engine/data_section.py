@@ -166,8 +166,8 @@ class _Filling:
 
     def _values(self, registry: Registry, parameters: Mapping[str, inspect.Parameter]) -> dict[str, Any]:
         """What the section says to a component with these parameters."""
-        if registry is TRANSFORMS:
-            # Of another transform `mean` may be one number, that of a noise.
+        if registry in (TRANSFORMS, EVALUATORS):
+            # Elsewhere `mean` may be one number, that of a noise.
             is_per_channel = all(
                 name in parameters and isinstance(parameters[name].default, (tuple, list)) for name in ("mean", "std")
             )

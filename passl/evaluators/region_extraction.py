@@ -20,6 +20,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from passl import distributed
+from passl.data.arrays import to_tensor
 from passl.data.feature_files import FORMATS, read_features, write_features
 from passl.data.image_io import UnreadableImageError
 from passl.data.transforms import IMAGENET_MEAN, IMAGENET_STD, Normalize
@@ -172,7 +173,7 @@ class RegionExtraction(Evaluator):
                 yield number, pixels.result()
 
     def _pixels(self, number: int) -> Union[np.ndarray, UnreadableImageError]:
-        """[H, W, 3] uint8, with sides that patches fill; the error, where that is not possible."""
+        """[H, W, C], with sides that patches fill; the error, where that is not possible."""
         try:
             pixels = np.asarray(self.dataset.load(number))
             return self._fitted(pixels, self.dataset.describe(number))
@@ -184,7 +185,8 @@ class RegionExtraction(Evaluator):
         size = self.patch_size
         over = height % size, width % size
         if self.remainder == "pad" and any(over):
-            return np.pad(pixels, [(0, -height % size), (0, -width % size), (0, 0)], constant_values=255)
+            white = np.iinfo(pixels.dtype).max if pixels.dtype.kind in "iu" else 1.0
+            return np.pad(pixels, [(0, -height % size), (0, -width % size), (0, 0)], constant_values=white)
         if min(height, width) < size:
             raise UnreadableImageError(name, f"{height} x {width} pixels are less than a patch ({size})")
         if self.remainder == "refuse" and any(over):
@@ -193,16 +195,16 @@ class RegionExtraction(Evaluator):
         return pixels[: height - over[0], : width - over[1]]
 
     def _features(self, model: nn.Layer, pixels: np.ndarray) -> np.ndarray:
-        """[rows * patch_size, columns * patch_size, 3] -> [rows * columns, D]"""
+        """[rows * patch_size, columns * patch_size, C] -> [rows * columns, D]"""
         size = self.patch_size
         rows, columns = (side // size for side in pixels.shape[:2])
         cells = [divmod(cell, columns) for cell in range(rows * columns)]
         parts = []
         for start in range(0, len(cells), self.batch_size):
             batch = cells[start : start + self.batch_size]
-            patches = np.stack([pixels[r * size : (r + 1) * size, c * size : (c + 1) * size] for r, c in batch])
-            scaled = np.divide(patches.transpose(0, 3, 1, 2), np.float32(255), dtype=np.float32, order="C")
-            parts.append(model(paddle.to_tensor(self.normalize(scaled))).astype("float32").numpy())
+            patches = [to_tensor(pixels[r * size : (r + 1) * size, c * size : (c + 1) * size]) for r, c in batch]
+            images = paddle.to_tensor(self.normalize(np.stack(patches)))
+            parts.append(model(images).astype("float32").numpy())
         features = np.concatenate(parts)
         if not np.isfinite(features).all():
             raise ValueError("features are not finite: the weights are damaged, or of another network")

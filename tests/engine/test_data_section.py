@@ -55,6 +55,10 @@ def test_it_reaches_every_component(tmp_path):
         assert dataset["channels"] == 4
         assert dataset["transform"][2] == {"name": "Normalize", "mean": MEAN, "std": STD}
         assert dataset["transform"][:2] == [{"name": "Resize", "size": 8}, {"name": "ToTensor"}]
+    given = config(DATA)
+    given["Evaluators"] = [{"name": "RegionExtraction", "dataset": {"name": "ImageList", "root": "images"}}]
+    (extraction,) = complete(given, tmp_path)["Evaluators"]
+    assert (extraction["mean"], extraction["std"], extraction["dataset"]["channels"]) == (MEAN, STD, 4)
 
 
 @pytest.mark.smoke

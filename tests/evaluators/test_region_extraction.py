@@ -286,3 +286,20 @@ def test_two_processes_share_the_regions(tmp_path):
     again = launch(tmp_path, tiny.ROOT / "tools/eval.py", "-c", config)
     assert again.returncode == 0, again.stdout + again.stderr
     assert json.loads((theirs / "eval.json").read_text())["regions_skipped"] == 5
+
+
+def test_regions_of_other_channels(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 65536, (32, 48, 2)).astype(np.uint16)
+    (tmp_path / "images").mkdir()
+    np.save(tmp_path / "images/a.npy", pixels)
+    paddle.seed(0)
+    model = VisionTransformer(SIZE, 8, in_chans=2, embed_dim=6, depth=1, num_heads=2)
+    statistics = {"mean": [0.4, 0.6], "std": [0.2, 0.3]}
+    extract(tmp_path, model=model, dataset=ImageList(tmp_path / "images", channels=2), **statistics)
+    found = np.load(tmp_path / "out/features/a.npy")
+    unit = pixels.astype(np.float32) / 65535
+    patches = [unit[r : r + SIZE, c : c + SIZE] for r in (0, 16) for c in (0, 16, 32)]
+    images = (np.stack(patches).transpose(0, 3, 1, 2) - [[[0.4]], [[0.6]]]) / [[[0.2]], [[0.3]]]
+    with paddle.no_grad():
+        expected = model(paddle.to_tensor(images.astype(np.float32))).numpy()
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
