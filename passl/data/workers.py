@@ -191,19 +191,21 @@ def _stop(iterator: Any, started: float) -> None:
         if worker.exitcode is None:
             worker.kill()
             worker.join()
-        if worker.exitcode != _TOLD_TO_END:  # else it cleaned up by itself
-            _remove_shared(worker.pid, started)
+        _remove_shared(worker.pid, started)
     for queue in iterator._indices_queues:
         queue.cancel_join_thread()
         queue.close()
 
 
-def _remove_shared(pid: int, since: float) -> None:
-    """Remove from /dev/shm what the dead worker `pid` left; younger than `since`, as numbers come again."""
+def _remove_shared(pid: int, since: float) -> bool:
+    """Remove from /dev/shm what the worker `pid` left, younger than `since` as numbers come again; True if anything."""
+    found = False
     for name in glob.glob(f"/dev/shm/paddle_{pid}_*"):
         with contextlib.suppress(OSError):
             if os.stat(name).st_mtime >= since - 1:
                 os.unlink(name)
+                found = True
+    return found
 
 
 class _Progress:
@@ -239,6 +241,8 @@ class _Batches:
         self.progress = progress
 
     def __getitem__(self, batch: list[tuple[int, int]]) -> dict[str, Any]:
+        while _ending.is_set():
+            time.sleep(1)  # until the process is gone: nothing more is to be shared
         _use_one_thread_of_opencv()
         try:
             loaded = load_batch(self.dataset, batch, self.seed, entering=self.progress.entering)
@@ -281,6 +285,8 @@ def _picklable(error: Exception) -> Exception:
 # --- in the worker: its signals and its threads ---
 
 _TOLD_TO_END = 143  # as a shell says it of SIGTERM
+_QUIET_ROUNDS, _ROUND = 3, 0.1  # seconds: longer than it takes to share the arrays of one batch
+_ending = threading.Event()
 
 
 def _prepare_worker(parent_pid: int, worker_id: int) -> None:
@@ -302,10 +308,13 @@ def _end_when_told(arrivals: int, started: float) -> None:
     while signal.SIGTERM not in os.read(arrivals, 1):
         pass
     # The signal's default action would leave shared memory behind, and an orderly exit waits until all that this
-    # worker made is read, which nobody may do any more. No other thread may share more in between.
-    sys.setswitchinterval(60)
+    # worker made is read, which nobody may do any more. The batch in hand may still be shared meanwhile.
+    _ending.set()
     paddle.base.core._cleanup_mmap_fds()
-    _remove_shared(os.getpid(), started)  # Paddle 2 forgets what it has sent
+    quiet = 0
+    while quiet < _QUIET_ROUNDS:
+        quiet = 0 if _remove_shared(os.getpid(), started) else quiet + 1
+        time.sleep(_ROUND)
     os._exit(_TOLD_TO_END)
 
 
