@@ -17,9 +17,9 @@ import secrets
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from http.client import HTTPException
+from http.client import HTTPException, HTTPResponse
 from pathlib import Path
-from typing import Optional
+from typing import BinaryIO, Optional
 from urllib.error import HTTPError, URLError
 from urllib.parse import unquote, urlsplit
 from urllib.request import Request, urlopen
@@ -93,13 +93,24 @@ def _receive(address: str, partial: Path) -> None:
     # Some servers refuse urllib's own name.
     request = Request(address, headers={"User-Agent": "passl"})
     with urlopen(request, timeout=_TIMEOUT) as response, partial.open("wb") as file:
-        total = _length(response.headers.get("Content-Length"))
-        with tqdm(total=total, unit="B", unit_scale=True, desc=_name(address)) as bar:
-            while chunk := response.read(_CHUNK):
-                bar.update(file.write(chunk))
-        received = file.tell()
-        file.flush()
-        os.fsync(file.fileno())
+        _copy(response, file, _name(address), _length(response.headers.get("Content-Length")))
+
+
+def _copy(response: HTTPResponse, file: BinaryIO, title: str, total: Optional[int]) -> None:
+    """Append the answer to ``file``, onto the disk.
+
+    Args:
+        total: bytes that the file has at the end, those before included; None if the server does not say.
+
+    Raises:
+        OSError: fewer or more bytes came.
+    """
+    with tqdm(total=total, initial=file.tell(), unit="B", unit_scale=True, desc=title) as bar:
+        while chunk := response.read1(_CHUNK):  # what has arrived: after a cut it is not lost
+            bar.update(file.write(chunk))
+    received = file.tell()
+    file.flush()
+    os.fsync(file.fileno())
     if total is not None and received != total:
         raise OSError(f"the connection ended after {received} of {total} bytes")
 
@@ -284,15 +295,7 @@ def _receive_rest(address: str, partial: Path) -> None:
         file.seek(start)
         rest = _length(response.headers.get("Content-Length"))
         _check_room(partial, rest)
-        total = None if rest is None else start + rest
-        with tqdm(total=total, initial=start, unit="B", unit_scale=True, desc=_name(address)) as bar:
-            while chunk := response.read1(_CHUNK):
-                bar.update(file.write(chunk))
-        received = file.tell()
-        file.flush()
-        os.fsync(file.fileno())
-    if total is not None and received != total:
-        raise OSError(f"the connection ended after {received} of {total} bytes")
+        _copy(response, file, _name(address), None if rest is None else start + rest)
 
 
 def _check_room(partial: Path, needed: Optional[int]) -> None:
