@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Any
+from typing import Any, Callable
 
 import numpy as np
 import paddle
 import paddle.distributed as dist
+from paddle.distributed.fleet.utils import recompute as paddle_recompute
 
 
 def rank() -> int:
@@ -34,7 +35,7 @@ def init() -> None:
 def data_parallel(layer: paddle.nn.Layer) -> paddle.nn.Layer:
     """``layer`` whose backward averages the gradients over processes; ``layer`` itself on one process.
 
-    Parameters must have their final ``stop_gradient`` by now: one that is unfrozen later would silently stay local.
+    Gradients are exchanged in groups while the rest of the backward still runs. Parameters must have their final ``stop_gradient`` by now: one that is unfrozen later would silently stay local.
     """
     return paddle.DataParallel(layer) if world_size() > 1 else layer
 
@@ -46,6 +47,24 @@ def synchronised(layer: paddle.nn.Layer, now: bool) -> contextlib.AbstractContex
     if isinstance(layer, paddle.DataParallel) and not now:
         return layer.no_sync()
     return contextlib.nullcontext()
+
+
+def recompute(function: Callable[..., Any], *inputs: Any) -> Any:
+    """``function(*inputs)``, of whose inner results nothing is kept: backward calls ``function`` a second time.
+
+    ``function`` has to do the same both times; see :mod:`passl.engine.recompute` for what that takes. Paddle's other
+    implementation (``use_reentrant=True``) runs a backward of its own for each call, so that the hooks of DataParallel
+    meet the gradient of a layer that is called twice (crops of two sizes) before it is complete. This one cannot keep
+    the state of the random generator on the CPU of Paddle 2.6, which the caller therefore does.
+    """
+    return paddle_recompute(function, *inputs, use_reentrant=False, preserve_rng_state=False)
+
+
+def broadcast_(tensor: paddle.Tensor, source: int) -> paddle.Tensor:
+    """Overwrite ``tensor`` (of one shape and type everywhere) with that of the process ``source``."""
+    if world_size() > 1:
+        dist.broadcast(tensor, src=source)
+    return tensor
 
 
 def all_reduce_sum_(tensor: paddle.Tensor) -> paddle.Tensor:
