@@ -45,6 +45,7 @@ def recompute_blocks(method: Method, amount: Union[bool, int, float], interval: 
                 f"twice in each step: use passl.models.layers.BatchNorm2D, or remove recompute"
             )
     chosen = list(blocks)[: _count(amount, len(blocks))][::interval]
+    distributed.expect_recompute(method)
     for block in chosen:
         block.forward = functools.partial(_forward, block, block.forward)
     return len(chosen)
@@ -61,32 +62,13 @@ def _count(amount: Union[bool, int, float], depth: int) -> int:
 
 
 def _forward(block: nn.Layer, forward: Callable[..., Any], *inputs: Any) -> Any:
-    if not (block.training and paddle.is_grad_enabled()):
+    has_gradient = any(isinstance(x, paddle.Tensor) and not x.stop_gradient for x in inputs)
+    if not (block.training and paddle.is_grad_enabled() and has_gradient):
         return forward(*inputs)
-    return distributed.recompute(_Twice(forward), *inputs)
+    return distributed.recompute(functools.partial(_counted_once, forward), *inputs)
 
 
-class _Twice:
-    """A function whose second call draws the same random numbers as its first, and counts no statistics."""
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self.function = function
-        self.start: Any = None
-
-    def __call__(self, *inputs: Any) -> Any:
-        if self.start is None:
-            self.start = paddle.get_rng_state()
-            return self.function(*inputs)
-        with _random_state(self.start), repeating():
-            return self.function(*inputs)
-
-
-@contextlib.contextmanager
-def _random_state(state: Any) -> Any:
-    """The generator of the current device at ``state``; afterwards where it was."""
-    before = paddle.get_rng_state()
-    paddle.set_rng_state(state)
-    try:
-        yield
-    finally:
-        paddle.set_rng_state(before)
+def _counted_once(forward: Callable[..., Any], *inputs: Any) -> Any:
+    # Paddle makes the first of the two calls without gradients.
+    with repeating() if paddle.is_grad_enabled() else contextlib.nullcontext():
+        return forward(*inputs)
