@@ -39,7 +39,8 @@ def init() -> None:
 def data_parallel(layer: paddle.nn.Layer) -> paddle.nn.Layer:
     """``layer`` whose backward averages the gradients over processes; ``layer`` itself on one process.
 
-    Gradients are exchanged in groups while the rest of the backward still runs. Parameters must have their final ``stop_gradient`` by now: one that is unfrozen later would silently stay local.
+    Gradients are exchanged in groups while the rest of the backward still runs. Parameters must have their final
+    ``stop_gradient`` by now: one that is unfrozen later would silently stay local.
     """
     return paddle.DataParallel(layer) if world_size() > 1 else layer
 
@@ -53,9 +54,10 @@ def synchronised(layer: paddle.nn.Layer, now: bool) -> Iterator[None]:
     """
     is_parallel = isinstance(layer, paddle.DataParallel)
     in_parts = getattr(layer._layers if is_parallel else layer, _IN_PARTS, False)
-    with layer.no_sync() if is_parallel and (in_parts or not now) else contextlib.nullcontext():
-        with _added_whole(layer) if in_parts else contextlib.nullcontext():
-            yield
+    local = layer.no_sync() if is_parallel and (in_parts or not now) else contextlib.nullcontext()
+    whole = _added_whole(layer) if in_parts else contextlib.nullcontext()
+    with local, whole:
+        yield
     if is_parallel and in_parts and now:
         fused_allreduce_gradients(layer.parameters(), None)
 

@@ -179,10 +179,11 @@ class CheckpointHook:
         """Save now. A full disk is an error only at the last step: before it, the next attempt may succeed."""
         trainer.check_finite()
         trainer.check_weights()  # on every process: they are equal, so all stop
+        optimizer = trainer.optimizer.state_dict()  # on every process: each may have its share of it
         if not distributed.is_main():
             return
         try:
-            _save(self.store, trainer, self.description, best=is_best)
+            _save(self.store, trainer, optimizer, self.description, best=is_best)
         except OSError as error:
             if trainer.step == trainer.stop_step:
                 raise
@@ -196,7 +197,9 @@ class CheckpointHook:
         """Nothing: the last step was saved."""
 
 
-def _save(store: CheckpointStore, trainer: Trainer, description: dict[str, Any], best: bool) -> None:
+def _save(
+    store: CheckpointStore, trainer: Trainer, optimizer: dict[str, Any], description: dict[str, Any], best: bool
+) -> None:
     """Write the trainer's whole state; ``description`` (config, world size ...) goes along."""
     name = f"epoch_{trainer.epoch + 1}" if trainer.at_epoch_end else f"step_{trainer.step}"
     states = {
@@ -210,7 +213,7 @@ def _save(store: CheckpointStore, trainer: Trainer, description: dict[str, Any],
         "versions": {"passl": passl.__version__, "paddle": paddle.__version__},
         **description,
     }
-    store.save(name, trainer.method.state_dict(), trainer.optimizer.state_dict(), states, best=best)
+    store.save(name, trainer.method.state_dict(), optimizer, states, best=best)
 
 
 def _peak_memory() -> float:

@@ -43,6 +43,7 @@ def checked(config: Config, training: bool) -> Config:
         problems += error.problems
     if problems:
         raise ConfigError(problems)
+    build.strategy(config)
     data_section.check(config)
     return config
 
@@ -82,6 +83,7 @@ def _prepare(
     loader = build.train_loader(config, settings.seed)
     line = build.timeline(loader, settings.epochs)
     optimizer = build.optimizer(config, method)
+    build.recompute(config, method)
     evaluators = build.evaluators(config, method) if settings.eval_during_train else []
     build.check_labels(method, loader.dataset, evaluators)
     store = CheckpointStore(_folder(config, settings), settings.max_num_latest_checkpoint)
