@@ -195,9 +195,11 @@ class CheckpointStore:
         write(_ordered(optimizer), with_suffix(prefix, OPTIMIZER))
         checksums = {suffix: checksum(with_suffix(prefix, suffix)) for suffix in (PARAMS, OPTIMIZER)}
         write({**states, "checksums": checksums}, with_suffix(prefix, STATES))
+        _flush_names(self.folder)  # `latest` must not come to the disk before the set that it is of
         for alias in ["latest", "best"] if best else ["latest"]:
             for suffix in (PARAMS, OPTIMIZER, STATES):
                 _link(with_suffix(prefix, suffix), self.folder / (alias + suffix))
+        _flush_names(self.folder)  # before an older set is removed
         self._prune()
 
     def newest_intact(self) -> Optional[Path]:
@@ -316,6 +318,16 @@ def _link(source: Path, target: Path) -> None:
     except OSError:  # a file system without hard links
         shutil.copyfile(source, partial)
     os.replace(partial, target)
+
+
+def _flush_names(folder: Path) -> None:
+    """Files are on the disk when they are written; their names in ``folder`` are from here on."""
+    with contextlib.suppress(OSError):  # not every file system can
+        number = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(number)
+        finally:
+            os.close(number)
 
 
 def _number(prefix: Path, kind: str) -> Optional[int]:
