@@ -214,7 +214,7 @@ class Trainer:
             norms = [norm.astype("float32") for norm in self.gradient_norms if norm is not None]
             total = total + paddle.stack(norms).sum() if norms else total
         is_bad = 1 - paddle.isfinite(total).astype("float32")
-        told = paddle.to_tensor(float(self.is_told_to_stop()), "float32")
+        told = paddle.full([], float(self.is_told_to_stop()), "float32")
         num_bad, num_told = distributed.all_reduce_sum_(paddle.stack([is_bad, told])).tolist()
         return num_bad == 0, num_told > 0
 

@@ -18,7 +18,7 @@ import pytest
 from passl import checkpoint
 from tests.engine import chaos_job, tiny
 
-NUM_IMAGES, BATCH, EPOCHS, STEPS = 36, 3, 30, 180  # per process; 6 steps an epoch
+NUM_IMAGES, BATCH, EPOCHS, STEPS = 36, 3, 50, 300  # per process; 6 steps an epoch
 SECONDS_TO_END, SECONDS_TO_OBEY = 120, 20
 
 

@@ -119,7 +119,10 @@ class DINO(Method):
     def after_step(self, teacher_momentum: float) -> None:
         """Updates the centre, and moves the teacher's parameters (not its buffers) towards the student's."""
         self.dino_loss.update_center()
-        for teacher, student in zip(learned_parameters(self.teacher), learned_parameters(self.student)):
+        teachers = learned_parameters(self.teacher)
+        # A tensor: of each number that Paddle 3.3 makes one of, it leaves 100 bytes behind.
+        weight = paddle.full([], 1.0 - teacher_momentum, teachers[0].dtype)
+        for teacher, student in zip(teachers, learned_parameters(self.student)):
             # Half-precision students exist; their teacher stays in full precision, or small steps would round to none.
             target = student if student.dtype == teacher.dtype else student.astype(teacher.dtype)
-            teacher.lerp_(target, 1.0 - teacher_momentum)
+            teacher.lerp_(target, weight)
