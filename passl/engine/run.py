@@ -92,7 +92,7 @@ def _prepare(
         "pct": loader.sampler.pct,
     }
     hooks = _hooks(settings, line, method, evaluators, store, description)
-    schedules = build.schedules(config, line)
+    schedules = {**method.schedules(line), **build.schedules(config, line)}
     resumed = start.resume_prefix(settings, store)
     states = None
     if resumed is None:
