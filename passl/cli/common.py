@@ -13,6 +13,7 @@ import warnings
 import passl
 
 CONFIG_ERROR, RUN_ERROR = 2, 1
+INTERRUPTED = 75  # told to stop, and saved: the same command with Global.checkpoint=auto goes on (EX_TEMPFAIL)
 
 
 def new_parser(name: str, description: str) -> argparse.ArgumentParser:
@@ -37,18 +38,27 @@ def guarded(function: object, *arguments: object) -> None:
     from passl.config import ConfigError
     from passl.data.loader import BadSamplesError
     from passl.data.workers import WorkerDiedError
-    from passl.engine.trainer import NonFiniteLossError
+    from passl.engine.folder_lock import FolderInUseError
+    from passl.engine.interruption import Interrupted
+    from passl.engine.non_finite import NonFiniteLossError
     from passl.exported import ExportError
+
+    of_the_user = (
+        CheckpointError, BadSamplesError, ExportError, FolderInUseError, NonFiniteLossError, WorkerDiedError, OSError,
+    )  # fmt: skip
 
     try:
         try:
             function(*arguments)
+        except Interrupted as interrupted:
+            print(interrupted, file=sys.stderr)
+            sys.exit(INTERRUPTED)
         except BaseException:
             _outlive_this_process()
             raise
     except ConfigError as error:
         stop(error, CONFIG_ERROR)
-    except (CheckpointError, BadSamplesError, ExportError, NonFiniteLossError, WorkerDiedError, OSError) as error:
+    except of_the_user as error:
         stop(error, RUN_ERROR)
 
 

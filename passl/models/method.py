@@ -56,6 +56,9 @@ class Method(nn.Layer):
     def after_step(self) -> None:
         """Called after the optimizer's step."""
 
+    def after_skipped_step(self) -> None:
+        """Called instead of after_backward and after_step when the step is left out: forget what forward kept."""
+
     def pretrained_layers(self) -> list[nn.Layer]:
         """The backbones that start from `Global.pretrained_model`."""
         return [self.backbone]

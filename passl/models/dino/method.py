@@ -15,7 +15,7 @@ from paddle import Tensor, nn
 from passl import distributed
 from passl.models.dino.loss import DINOLoss
 from passl.models.layer_rates import layer_rates
-from passl.models.layers import learned_parameters
+from passl.models.layers import in_full_precision, learned_parameters
 from passl.models.method import Method
 from passl.registry import METHODS
 from passl.schedules import Duration, Schedule, Timeline
@@ -49,8 +49,9 @@ class MultiCropNetwork(nn.Layer):
     def forward(self, crops: Sequence[Tensor]) -> Tensor:
         with paddle.no_grad() if self.frozen else contextlib.nullcontext():
             features = [self.backbone(batch) for batch in merge_equal_sizes(crops)]
-        # One call for all crops, so that batch norms in the head see them together.
-        return self.head(_concat(features))
+        # One call for all crops, so that batch norms in the head see them together. In full precision: at half of it
+        # the logits of many prototypes overflow, or differ by less than what is left of them.
+        return in_full_precision(self.head, _concat(features))
 
 
 def merge_equal_sizes(crops: Sequence[Tensor]) -> list[Tensor]:
@@ -131,8 +132,8 @@ class DINO(Method):
         return {"teacher": self.teacher.backbone, "student": self.student.backbone}
 
     def half_precision_layers(self) -> list[nn.Layer]:
-        """Not the teacher: its small moves would be rounded away."""
-        return [self.student]
+        """Not the teacher, whose small moves would be rounded away, and no head."""
+        return [self.student.backbone]
 
     def learning_rate_shares(self) -> dict[str, float]:
         """Those of the student's backbone, by backbone_lr and layer_decay."""
@@ -178,6 +179,9 @@ class DINO(Method):
             _drop_gradients(self.student.head.last_layer)
         if self.student.frozen:
             _drop_gradients(self.student.backbone)
+
+    def after_skipped_step(self) -> None:
+        self.dino_loss.forget()
 
     @paddle.no_grad()
     def after_step(self, teacher_momentum: float) -> None:
