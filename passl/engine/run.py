@@ -136,12 +136,7 @@ def _prepare(
         "pct": loader.sampler.pct,
     }
     hooks = _hooks(settings, line, method, evaluators, store, description)
-<<<<<<< HEAD
     schedules = {**method.schedules(line), **build.schedules(config, line)}
-    resumed = start.resume_prefix(settings, store)
-=======
-    schedules = build.schedules(config, line)
->>>>>>> main
     states = None
     if resumed is None:
         start.load_start(settings, method)
