@@ -29,7 +29,10 @@ LAYERS = {
     ),
     "resnet": (
         functools.partial(ResNet, (1, 2, 1, 1), width=4, num_classes=3),
-        {"conv1.": 0, "bn1.": 0, "layer1.0.": 1, "layer2.0.": 2, "layer2.1.": 3, "layer3.0.": 4, "layer4.0.": 5, "fc.": 6},
+        {
+            "conv1.": 0, "bn1.": 0, "layer1.0.": 1, "layer2.0.": 2, "layer2.1.": 3, "layer3.0.": 4, "layer4.0.": 5,
+            "fc.": 6,
+        },
     ),
     "xcit": (
         functools.partial(XCiT, 16, 3, 16, 2, 2, cls_attn_depth=1),
