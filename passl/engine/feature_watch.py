@@ -25,8 +25,9 @@ _BATCH = 32
 class Watch(Protocol):
     """Measures a trainer's backbone and judges it by a state of plain numbers and text, which checkpoints keep.
 
-    The state has `value`, what was measured, and `damage`, which a guard compares with its limit. Numbers may differ
-    between processes: only the first one's count.
+    The state has `value`, what was measured; `damage`, which a guard compares with its limit; and `coming`, the damage
+    that is to be expected if training goes on however slowly. Numbers may differ between processes: only the first
+    one's count.
 
     Attributes:
         name: of the value.
@@ -58,7 +59,7 @@ class KNNWatch:
 
     def begin(self, trainer: Trainer) -> dict[str, Any]:
         value = self.measuring.run(trainer)[self.name]
-        return {"start": value, "best": value, "value": value, "damage": 0.0}
+        return {"start": value, "best": value, "value": value, "damage": 0.0, "coming": 0.0}
 
     def measure(self, trainer: Trainer, state: Mapping[str, Any]) -> dict[str, Any]:
         results = self.measuring.run(trainer)
@@ -66,12 +67,12 @@ class KNNWatch:
             self.measuring.record(trainer, results)
         value = results[self.name]
         best = max(state["best"], value)
-        return {**state, "best": best, "value": value, "damage": best - value}
+        return {**state, "best": best, "value": value, "damage": best - value, "coming": best - value}
 
 
 class DriftWatch:
-    """Mean of 1 - cosine similarity between the features of the same images now and at the start: 0 to 2, and its own
-    damage. It needs no labels.
+    """Mean of 1 - cosine similarity between the teacher's features of the same images now and at the start: 0 to 2. It
+    needs no labels, and is its own damage. The student's, where it is larger, is still to come: the teacher follows.
 
     The images are one global view each of samples from the whole of the training data, drawn once and for all. Their
     first features are kept in the state, so that a resumed run compares with the same.
@@ -85,37 +86,39 @@ class DriftWatch:
     def __init__(self, num_images: int) -> None:
         self.num_images = num_images
         self._images: Optional[np.ndarray] = None  # [num_images, C, H, W]
-        self._features: Optional[np.ndarray] = None  # of the start, decoded
 
     def begin(self, trainer: Trainer) -> dict[str, Any]:
         first = {}
         if distributed.is_main():
             features = self._present_features(trainer, self.num_images)
-            first = {"num_images": len(features), "features": _encoded(features)}
+            first = {name: encoded(rows) for name, rows in features.items()}
+            first = {"num_images": len(features["teacher"]), "features": first}
         return self.measure(trainer, distributed.broadcast_object(first))
 
     def measure(self, trainer: Trainer, state: Mapping[str, Any]) -> dict[str, Any]:
         if not distributed.is_main():
-            return {**state, "value": 0.0, "damage": 0.0}
-        if self._features is None:
-            self._features = _decoded(state["features"], state["num_images"])
+            return dict(state)
         features = self._present_features(trainer, state["num_images"])
-        drift = float(1.0 - (features * self._features).sum(axis=1).mean())
-        return {**state, "value": drift, "damage": drift}
+        firsts = {name: decoded(text, state["num_images"]) for name, text in state["features"].items()}
+        drift = {name: float(1.0 - (rows * firsts[name]).sum(axis=1).mean()) for name, rows in features.items()}
+        return {**state, "value": drift["teacher"], "damage": drift["teacher"], "coming": max(drift.values())}
 
-    def _present_features(self, trainer: Trainer, num_images: int) -> np.ndarray:
-        """[num_images, D] float64, rows of length 1."""
+    def _present_features(self, trainer: Trainer, num_images: int) -> dict[str, np.ndarray]:
+        """Of each backbone of the method [num_images, D], rows of length 1."""
         if self._images is None:
             self._images = probe_images(trainer.loader.dataset, num_images, trainer.seed)
-        backbone, is_half = trainer.method.backbone, trainer.precision.level == "O2"
-        backbone.eval()
+        features = {}
+        is_half = trainer.precision.level == "O2"
         with paddle.no_grad(), trainer.precision.autocast() if is_half else contextlib.nullcontext():
-            rows = [
-                backbone(paddle.to_tensor(self._images[start : start + _BATCH])).astype("float32").numpy()
-                for start in range(0, len(self._images), _BATCH)
-            ]
+            for name, backbone in trainer.method.backbones().items():
+                backbone.eval()
+                rows = [
+                    backbone(paddle.to_tensor(self._images[start : start + _BATCH])).astype("float32").numpy()
+                    for start in range(0, len(self._images), _BATCH)
+                ]
+                features[name] = unit_rows(np.concatenate(rows))
         trainer.method.train()
-        return _normalised(np.concatenate(rows))
+        return features
 
 
 def probe_images(dataset: Any, num_images: int, seed: int) -> np.ndarray:
@@ -134,17 +137,20 @@ def probe_images(dataset: Any, num_images: int, seed: int) -> np.ndarray:
     return np.array(views[: len(chosen)])
 
 
-def _normalised(features: np.ndarray) -> np.ndarray:
+def unit_rows(features: np.ndarray) -> np.ndarray:
+    """``features`` [N, D] in float64, rows at length 1."""
     features = features.astype(np.float64)
     return features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
 
 
-def _encoded(features: np.ndarray) -> str:
+def encoded(features: np.ndarray) -> str:
+    """[N, D] in half precision as text, which every checkpoint can hold."""
     return base64.b64encode(features.astype("<f2").tobytes()).decode("ascii")
 
 
-def _decoded(text: str, num_images: int) -> np.ndarray:
-    return _normalised(np.frombuffer(base64.b64decode(text), "<f2").reshape(num_images, -1))
+def decoded(text: str, num_images: int) -> np.ndarray:
+    """The features [N, D] of ``encoded``, rows at length 1."""
+    return unit_rows(np.frombuffer(base64.b64decode(text), "<f2").reshape(num_images, -1))
 
 
 # --- which one ---

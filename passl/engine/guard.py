@@ -25,7 +25,7 @@ class Guard:
             images have turned from the first ones, 1 - mean cosine similarity, which needs no labels.
         every: from one measurement to the next: epochs, or "500it", "5%". The end is measured too.
         max_drop: points of k-NN below the best one (or the start's) that are still good.
-        max_drift: a drift that is still good.
+        max_drift: a drift of the teacher that is still good. `best` has none above it of the student, either.
         on_trip: roll_back: train on from the checkpoint ``best`` with a lower learning rate; stop: end the run.
         lr_factor: each roll-back multiplies the scheduled learning rate by it.
         max_rollbacks: after so many the run ends.
@@ -122,7 +122,9 @@ class GuardHook:
             self._trip(trainer)
             return
         logger.info("[Guard][Epoch %d] %s", trainer.epoch + 1, self._said(state))
-        if self.decides_best and state["value"] >= state.get("best", state["value"]):
+        if not self.guard.is_good(state["coming"]):
+            self._take_back_best(trainer)
+        elif self.decides_best and state["value"] >= state.get("best", state["value"]):
             self._count_as_best(trainer)
             trainer.progress["is_best"] = True
 
@@ -153,11 +155,16 @@ class GuardHook:
             state["rollbacks"],
             f". The best weights, of step {best['step']}, are {self.checkpoints.store.folder / 'best'}" if best else "",
         )
-        if trainer.progress.get("is_best") and best:  # by a rule that does not know of the damage
-            kept = {key: best["progress"].get(key) for key in ("best_metric", "best_epoch")}
-            trainer.progress.update(kept, is_best=False)
+        self._take_back_best(trainer)
         trainer.progress["guard"] = {**state, "stopped": trainer.step}
         trainer.stop()
+
+    def _take_back_best(self, trainer: Trainer) -> None:
+        """Leaves ``best`` what it is, whatever those who do not know of the damage have found."""
+        if trainer.progress.get("is_best") and (best := distributed.broadcast_object(self._best())):
+            kept = {key: best["progress"].get(key) for key in ("best_metric", "best_epoch")}
+            trainer.progress.update(kept, is_best=False)
+            logger.info("[Guard] the checkpoint best stays that of step %d", best["step"])
 
     def _best(self) -> Optional[dict[str, Any]]:
         """Step and progress of the checkpoint ``best``, if it is whole."""
@@ -172,13 +179,15 @@ class GuardHook:
         if "best" in state:
             below = f"{state['damage']:.3f} points below the best, {state['best']:.3f}"
             return f"{state['metric']} is {state['value']:.3f}, {below} (max_drop {self.guard.max_drop:g})"
-        return f"{state['metric']} of the features is {state['value']:.4f} (max_drift {self.guard.max_drift:g})"
+        value = f"{state['value']:.4f} (max_drift {self.guard.max_drift:g})"
+        return f"{state['metric']} of the features is {value}, of teacher and student at most {state['coming']:.4f}"
 
     def _record(self, trainer: Trainer) -> None:
         state = trainer.progress["guard"]
         epoch = trainer.epoch + 1 if trainer.step else 0
         factor = trainer.progress.get("lr_factor", 1.0)
-        values = {self.watch.name: state["value"], "damage": state["damage"], "limit": self.guard.limit}
+        values = {self.watch.name: state["value"], "damage": state["damage"], "coming": state["coming"]}
+        values["limit"] = self.guard.limit
         values.update(rollbacks=state["rollbacks"], lr_factor=factor)
         self.log.record(trainer.step, {"epoch": epoch, **values}, "guard")
 
