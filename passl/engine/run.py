@@ -16,6 +16,8 @@ from passl import checkpoint, distributed, log
 from passl.checkpoint import CheckpointError, CheckpointStore
 from passl.config import Config, ConfigError, check, to_yaml
 from passl.data import file_index
+from passl.data.loader import BadSamplesError
+from passl.data.workers import WorkerDiedError
 from passl.engine import build, data_section, start
 from passl.engine.early_stopping import deciding_evaluator
 from passl.engine.evaluation import EarlyStoppingHook, EvaluationHook, Measuring
@@ -111,7 +113,19 @@ def _attempt(
     except RollBack as error:
         logger.warning("%s: going back", error)
         return trainer, error
+    except (WorkerDiedError, BadSamplesError):
+        _save_steps_done(trainer)
+        raise
     return trainer, None
+
+
+def _save_steps_done(trainer: Trainer) -> None:
+    """After an error of the data, which comes between two steps; of several processes the others are in the next."""
+    if distributed.world_size() == 1 and trainer.step > 0:
+        for hook in trainer.hooks:
+            if isinstance(hook, CheckpointHook):
+                hook.save(trainer, is_best=False)
+                logger.info("the steps up to %d are saved in %s", trainer.step, trainer.last_checkpoint)
 
 
 def _prepare(

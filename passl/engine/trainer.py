@@ -19,6 +19,7 @@ from passl.engine.non_finite import NonFinite, NonFiniteLossError, explain
 from passl.engine.optim import Optimizer
 from passl.engine.precision import Precision
 from passl.engine.roll_back import RollBack
+from passl.models.layers import running_statistics
 from passl.models.method import Method
 from passl.schedules import Schedule, Timeline
 
@@ -160,7 +161,9 @@ class Trainer:
         self.values["lr"] *= self.progress.get("lr_factor", 1.0)
         epoch = self.step // self.timeline.steps_per_epoch
         self.optimizer.set(self.values["lr"], self.values.get("weight_decay"))
-        before = self._running_statistics()
+        # Of a step that may have to be left out.
+        statistics = running_statistics(self.method) if self.non_finite.policy == "skip" else []
+        before = [tensor.clone() for tensor in statistics]
         self._forward_backward(batch)
         self.precision.unscale(self.optimizer)
         self.gradient_norms = self.optimizer.clip_gradients()
@@ -169,7 +172,9 @@ class Trainer:
             self.method.after_backward(epoch=epoch)
             self.precision.step(self.optimizer)
         else:
-            self._skip_or_raise(batch, before)
+            self._skip_or_raise(batch)
+            for tensor, value in zip(statistics, before):
+                tensor.set_value(value)
         self.optimizer.clear_grad()
         if is_finite:
             self.method.after_step(**{name: self.values[name] for name in self._after_step_names})
@@ -213,21 +218,13 @@ class Trainer:
         num_bad, num_told = distributed.all_reduce_sum_(paddle.stack([is_bad, told])).tolist()
         return num_bad == 0, num_told > 0
 
-    def _running_statistics(self) -> dict[str, paddle.Tensor]:
-        """Copies of what a forward pass changes, where a step may have to be undone."""
-        if self.non_finite.policy != "skip":
-            return {}
-        return {name: buffer.clone() for name, buffer in self.method.named_buffers()}
-
-    def _skip_or_raise(self, batch: Batch, before: Mapping[str, paddle.Tensor]) -> None:
+    def _skip_or_raise(self, batch: Batch) -> None:
         report = self._report(batch)
         policy, lower = self.non_finite.policy, self.precision.lower()
         skipped = self.progress.get("skipped_steps", 0) + 1
         if policy == "skip" and skipped <= self.non_finite.max_skipped:
             logger.warning("%s; this step is left out (%d of at most %d)", report, skipped, self.non_finite.max_skipped)
             self.progress["skipped_steps"] = skipped
-            for name, buffer in self.method.named_buffers():
-                buffer.set_value(before[name])
             self.method.after_skipped_step()
             self.outputs = {}
         elif policy == "fall_back" and lower:

@@ -268,6 +268,14 @@ def in_full_precision(layer: nn.Layer, x: Tensor) -> Tensor:
         return layer(x.astype(next(iter(layer.parameters()), x).dtype))
 
 
+_STATISTICS = ("_mean", "_variance")
+
+
 def learned_parameters(layer: nn.Layer) -> list[Tensor]:
     """All parameters, trainable or not, without the running statistics, which are parameters too in Paddle."""
-    return [p for name, p in layer.named_parameters() if name.rpartition(".")[2] not in ("_mean", "_variance")]
+    return [p for name, p in layer.named_parameters() if name.rpartition(".")[2] not in _STATISTICS]
+
+
+def running_statistics(layer: nn.Layer) -> list[Tensor]:
+    """What forward passes in training leave behind: statistics of batch norms."""
+    return [p for name, p in layer.named_parameters() if name.rpartition(".")[2] in _STATISTICS]
