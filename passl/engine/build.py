@@ -15,6 +15,7 @@ from passl.data.samples import Samples
 from passl.data.transforms import Compose
 from passl.engine import data_section
 from passl.engine.early_stopping import EarlyStopping
+from passl.engine.guard import Guard
 from passl.engine.non_finite import NonFinite
 from passl.engine.optim import Optimizer
 from passl.engine.precision import GradScalerSettings, Precision
@@ -61,7 +62,7 @@ def _argument(key: str, value: Any, where: str) -> Any:
 
 def global_settings(config: Config) -> GlobalSettings:
     section = dict(config.get("Global") or {})
-    for key, kind in (("early_stopping", EarlyStopping), ("non_finite", NonFinite)):
+    for key, kind in (("early_stopping", EarlyStopping), ("guard", Guard), ("non_finite", NonFinite)):
         if section.get(key) is not None:
             try:
                 section[key] = kind(**section[key])

@@ -17,7 +17,9 @@ import paddle
 from passl.checkpoint import CheckpointError
 from passl.registry import OPTIMIZERS
 
-ParamGroup = dict  # {"params": list of parameters, "weight_decay": factor on the scheduled decay (1.0 or 0.0)}
+# {"params": list of parameters, "weight_decay": factor on the scheduled decay (1.0 or 0.0), "learning_rate": factor on
+# the scheduled rate (1.0 if not given)}
+ParamGroup = dict
 CLIP_MODES = ("each", "global")
 HALF_PRECISION = (paddle.float16, paddle.bfloat16)
 _VELOCITY, _MASTER = "_velocity_0", "_fp32_master_0"
@@ -48,7 +50,11 @@ class Optimizer:
             raise ValueError(f"clip_mode ({clip_mode!r}) must be one of {', '.join(CLIP_MODES)}")
         if clip_norm is not None and clip_norm <= 0:
             raise ValueError(f"clip_norm ({clip_norm}) must be positive; null turns clipping off")
-        self.groups = self._param_groups = [group for group in groups if group["params"]]  # GradScaler reads the latter
+        self.groups = [{"learning_rate": 1.0, **group} for group in groups if group["params"]]
+        self._param_groups = self.groups  # GradScaler reads it
+        for group in self.groups:
+            if not 0 <= group["learning_rate"] < float("inf"):
+                raise ValueError(f"learning_rate of a group ({group['learning_rate']}) must be a factor of at least 0")
         self.parameters = [p for group in self.groups for p in group["params"]]
         if not self.parameters:
             raise ValueError("the method has no trainable parameter")
@@ -58,7 +64,7 @@ class Optimizer:
         self.weight_decay = weight_decay
 
     def set(self, learning_rate: float, weight_decay: Optional[float] = None) -> None:
-        """Values for the next step; the decay acts on each group times the group's own factor."""
+        """Values for the next step; both act on each group times the group's own factors."""
         self.learning_rate = learning_rate
         if weight_decay is not None:
             self.weight_decay = weight_decay
@@ -189,7 +195,7 @@ class AdamW(Optimizer):
         self._fresh: set[str] = set()  # keys of what _fresh_moments made
         self._inner = paddle.optimizer.AdamW(
             learning_rate=0.0,
-            parameters=[{"params": g["params"], "weight_decay": g["weight_decay"] * weight_decay} for g in self.groups],
+            parameters=[{**group, "weight_decay": group["weight_decay"] * weight_decay} for group in self.groups],
             beta1=beta1,
             beta2=beta2,
             epsilon=epsilon,
@@ -272,9 +278,9 @@ class Momentum(Optimizer):
         for group in self.groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    self._update(parameter, group["weight_decay"])
+                    self._update(parameter, group["weight_decay"], self.learning_rate * group["learning_rate"])
 
-    def _update(self, parameter: paddle.Tensor, decay_factor: float) -> None:
+    def _update(self, parameter: paddle.Tensor, decay_factor: float, learning_rate: float) -> None:
         weight = self._master(parameter)
         # A copy: clear_grad frees the memory of the gradient.
         direction = paddle.assign(parameter.grad).astype(weight.dtype)
@@ -283,7 +289,7 @@ class Momentum(Optimizer):
         velocity = direction if velocity is None else velocity * self.momentum + direction
         self._velocities[parameter.name] = velocity
         move = direction + velocity * self.momentum if self.use_nesterov else velocity
-        weight.subtract_(move * self.learning_rate)
+        weight.subtract_(move * learning_rate)
         if weight is not parameter:
             parameter.copy_(weight.astype(parameter.dtype), True)
 
