@@ -53,6 +53,7 @@ def checked(config: Config, training: bool) -> Config:
         problems += error.problems
     if problems:
         raise ConfigError(problems)
+    build.strategy(config)
     data_section.check(config)
     return config
 
@@ -144,6 +145,7 @@ def _prepare(
     loader = build.train_loader(config, settings.seed)
     line = build.timeline(loader, settings.epochs)
     optimizer = build.optimizer(config, method)
+    build.recompute(config, method)
     evaluators = build.evaluators(config, method) if settings.eval_during_train else []
     build.check_labels(method, loader.dataset, evaluators)
     description = {
