@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Optional
 
@@ -13,12 +16,19 @@ from passl import checkpoint, distributed, log
 from passl.checkpoint import CheckpointError, CheckpointStore
 from passl.config import Config, ConfigError, check, to_yaml
 from passl.data import file_index
+from passl.data.loader import BadSamplesError
+from passl.data.workers import WorkerDiedError
 from passl.engine import build, data_section, start
 from passl.engine.early_stopping import deciding_evaluator
 from passl.engine.evaluation import EarlyStoppingHook, EvaluationHook, Measuring
+from passl.engine.feature_watch import KNNWatch, chosen_watch
+from passl.engine.folder_lock import FolderInUseError, FolderLock
+from passl.engine.guard import GuardHook
 from passl.engine.hooks import CheckpointHook, LogHook
+from passl.engine.interruption import Interrupted, StopSignals
 from passl.engine.passl_config import translate
 from passl.engine.plugins import load_plugins
+from passl.engine.roll_back import RollBack
 from passl.engine.settings import GlobalSettings, schema
 from passl.engine.trainer import Hook, Trainer
 from passl.evaluators import Evaluator, evaluate
@@ -59,8 +69,38 @@ def train(config: Config, source: Config) -> Trainer:
     log.setup(quiet=not distributed.is_main())
     set_up(settings)
     config, source = data_section.complete(config, source, settings, _folder(config, settings))
+    with _alone_in(_folder(config, settings)), StopSignals() as signals:
+        trainer, back = None, None
+        while trainer is None or back:
+            trainer = None  # its memory is needed
+            trainer, back = _attempt(config, source, settings, signals, back)
+        if trainer.is_interrupted:
+            distributed.barrier()  # a launcher ends all processes when the first one ends
+            raise Interrupted(trainer.step, trainer.last_checkpoint)
+    return trainer
+
+
+@contextlib.contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Holds the folder for this run; a problem of the process that writes is one of all."""
+    with contextlib.ExitStack() as stack:
+        problem = None
+        if distributed.is_main():
+            try:
+                stack.enter_context(FolderLock(folder))
+            except (FolderInUseError, OSError) as error:
+                problem = error
+        if distributed.broadcast_object(problem is not None):
+            raise problem or FolderInUseError(f"{folder} cannot be used: see what the first process says")
+        yield
+
+
+def _attempt(
+    config: Config, source: Config, settings: GlobalSettings, signals: StopSignals, back: Optional[RollBack]
+) -> tuple[Trainer, Optional[RollBack]]:
+    """Train from the start, a checkpoint, or where ``back`` leads; with why and how the run is to go on, if it is."""
     try:
-        trainer, store, resumed = _prepare(config, source, settings)
+        trainer, store, resumed = _prepare(config, source, settings, signals, back)
     except (ConfigError, CheckpointError):
         raise
     except ValueError as error:  # what a constructor refused
@@ -69,15 +109,37 @@ def train(config: Config, source: Config) -> Trainer:
     _open_folder(store, source, resumed, trainer.step)
     file_index.save()
     _announce(trainer, store.folder)
-    trainer.fit()
-    return trainer
+    try:
+        trainer.fit()
+    except RollBack as error:
+        logger.warning("%s: going back", error)
+        return trainer, error
+    except (WorkerDiedError, BadSamplesError):
+        _save_steps_done(trainer)
+        raise
+    return trainer, None
+
+
+def _save_steps_done(trainer: Trainer) -> None:
+    """After an error of the data, which comes between two steps; of several processes the others are in the next."""
+    if distributed.world_size() == 1 and trainer.step > 0:
+        for hook in trainer.hooks:
+            if isinstance(hook, CheckpointHook):
+                hook.save(trainer, is_best=False)
+                logger.info("the steps up to %d are saved in %s", trainer.step, trainer.last_checkpoint)
 
 
 def _prepare(
-    config: Config, source: Config, settings: GlobalSettings
+    config: Config, source: Config, settings: GlobalSettings, signals: StopSignals, back: Optional[RollBack]
 ) -> tuple[Trainer, CheckpointStore, Optional[Path]]:
     """The trainer, at the step where it is to begin, its checkpoints, and the prefix of the one it goes on from."""
-    precision = build.precision(config)
+    store = CheckpointStore(_folder(config, settings), settings.max_num_latest_checkpoint)
+    resumed = back.prefix or store.newest_intact() if back else start.resume_prefix(settings, store)
+    progress = {
+        **(checkpoint.run_states(resumed).get("progress") or {} if resumed else {}),
+        **(back.progress if back else {}),
+    }
+    precision = build.precision(config, progress.get("precision"))
     paddle.seed(settings.seed)
     method = build.model(config)
     loader = build.train_loader(config, settings.seed)
@@ -86,7 +148,6 @@ def _prepare(
     build.recompute(config, method)
     evaluators = build.evaluators(config, method) if settings.eval_during_train else []
     build.check_labels(method, loader.dataset, evaluators)
-    store = CheckpointStore(_folder(config, settings), settings.max_num_latest_checkpoint)
     description = {
         "config": to_yaml(source),
         "world_size": distributed.world_size(),
@@ -94,13 +155,13 @@ def _prepare(
         "pct": loader.sampler.pct,
     }
     hooks = _hooks(settings, line, method, evaluators, store, description)
-    schedules = build.schedules(config, line)
-    resumed = start.resume_prefix(settings, store)
+    schedules = {**method.schedules(line), **build.schedules(config, line)}
     states = None
     if resumed is None:
         start.load_start(settings, method)
     else:
-        states = start.resume(resumed, method, optimizer, start.identity_of(loader, line, settings.seed))
+        identity = start.identity_of(loader, line, settings.seed)
+        states = start.resume(resumed, method, optimizer, identity, precision)
         start.warn_of_changes(states, source)
     starts = distributed.gather_objects(states["step"] if states else 0)
     if len(set(starts)) > 1:
@@ -118,11 +179,14 @@ def _prepare(
         hooks=hooks,
         stop_step=settings.max_train_step,
         seed=settings.seed,
+        non_finite=settings.non_finite,
+        is_told_to_stop=lambda: signals.received is not None,
     )
+    trainer.progress = progress
     if states:
         precision.load_state_dict(states["scaler"])
         trainer.step = states["step"]
-        trainer.progress = dict(states["progress"])
+        trainer.last_checkpoint = resumed
     return trainer, store, resumed
 
 
@@ -138,18 +202,26 @@ def _hooks(
     log_hook = LogHook(store.folder, settings.print_batch_step, settings.use_visualdl)
     save_interval = _steps(line, settings.save_interval, "epoch", "Global.save_interval")
     checkpoints = CheckpointHook(store, save_interval, description)
+    measuring = functools.partial(Measuring, log=log_hook, checkpoints=checkpoints, folder=store.folder)
     hooks: list[Hook] = [log_hook]
-    rule = settings.early_stopping
+    rule, guard, deciding, watch = settings.early_stopping, settings.guard, None, None
     if rule is not None:
         if not settings.eval_during_train:
             raise ConfigError(["Global.early_stopping: it needs evaluation: set Global.eval_during_train: true"])
-        deciding = deciding_evaluator(evaluators, method)
-        evaluators = [evaluator for evaluator in evaluators if evaluator is not deciding]
-        hooks.append(EarlyStoppingHook(rule, Measuring([deciding], log_hook, checkpoints, store.folder)))
+        knn = deciding_evaluator(evaluators, method)
+        evaluators = [evaluator for evaluator in evaluators if evaluator is not knn]
+        deciding = measuring([knn])
+        hooks.append(EarlyStoppingHook(rule, deciding))
+    if guard is not None:
+        watch, evaluators = chosen_watch(guard, evaluators, settings.eval_during_train, deciding, measuring)
     if evaluators:
         interval = _steps(line, settings.eval_interval, settings.eval_unit, "Global.eval_interval")
-        measuring = Measuring(evaluators, log_hook, checkpoints, store.folder)
-        hooks.append(EvaluationHook(measuring, interval, decides_best=rule is None))
+        decides_best = rule is None and not isinstance(watch, KNNWatch)
+        hooks.append(EvaluationHook(measuring(evaluators), interval, decides_best))
+    if guard is not None:
+        interval = _steps(line, guard.every, "epoch", "Global.guard.every")
+        decides_best = rule is None and (isinstance(watch, KNNWatch) or not evaluators)
+        hooks.append(GuardHook(guard, interval, watch, log_hook, checkpoints, decides_best))
     return [*hooks, checkpoints]
 
 
