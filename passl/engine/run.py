@@ -14,6 +14,7 @@ from passl.checkpoint import CheckpointError, CheckpointStore
 from passl.config import Config, ConfigError, check, to_yaml
 from passl.data import file_index
 from passl.engine import build, data_section, start
+from passl.engine.diagnosis import DiagnosisHook
 from passl.engine.early_stopping import deciding_evaluator
 from passl.engine.evaluation import EarlyStoppingHook, EvaluationHook, Measuring
 from passl.engine.hooks import CheckpointHook, LogHook
@@ -137,6 +138,9 @@ def _hooks(
     save_interval = _steps(line, settings.save_interval, "epoch", "Global.save_interval")
     checkpoints = CheckpointHook(store, save_interval, description)
     hooks: list[Hook] = [log_hook]
+    if settings.diagnose_every is not None:
+        interval = _steps(line, settings.diagnose_every, "epoch", "Global.diagnose_every")
+        hooks.append(DiagnosisHook(log_hook, interval, description["config"]))
     rule = settings.early_stopping
     if rule is not None:
         if not settings.eval_during_train:

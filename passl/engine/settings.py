@@ -18,7 +18,7 @@ from passl.registry import BACKBONES, DATASETS, EVALUATORS, METHODS, OPTIMIZERS,
 class GlobalSettings:
     """The section ``Global``.
 
-    Durations (``save_interval``, ``eval_interval``) are "2ep", "500it", "5%", or a bare number of epochs.
+    Durations (``save_interval``, ``eval_interval``, ``diagnose_every``) are "2ep", "500it", "5%", or a bare number of epochs.
     """
 
     output_dir: str = "./output"
@@ -37,6 +37,7 @@ class GlobalSettings:
     eval_interval: Union[int, float, str] = 1
     eval_unit: Literal["epoch", "step"] = "epoch"  # of a bare number in eval_interval
     early_stopping: Optional[EarlyStopping] = None  # by k-NN of teacher and student
+    diagnose_every: Optional[Union[int, float, str]] = "50it"  # the doctor's visits (docs/doctor.md); null: none
     print_batch_step: int = 10
     use_visualdl: bool = True
     flags: dict[str, Any] = field(default_factory=dict)  # paddle.set_flags

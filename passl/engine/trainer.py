@@ -85,6 +85,7 @@ class Trainer:
         self.reader_seconds = 0.0
         self.batch_seconds = 0.0
         self.batch_samples = 0
+        self.gradient_norms: list[Optional[paddle.Tensor]] = []
         self._unchecked_loss: Optional[paddle.Tensor] = None
         self._forward_names, self._after_step_names = _match_schedules(method, self.schedules)
 
@@ -138,7 +139,7 @@ class Trainer:
         self.optimizer.set(self.values["lr"], self.values.get("weight_decay"))
         self._forward_backward(batch)
         self.precision.unscale(self.optimizer)
-        self.optimizer.clip_gradients()
+        self.gradient_norms = self.optimizer.clip_gradients()
         self.method.after_backward(epoch=epoch)
         self.precision.step(self.optimizer)
         self.optimizer.clear_grad()

@@ -40,6 +40,15 @@ class Method(nn.Layer):
     def after_step(self) -> None:
         """Called after the optimizer's step."""
 
+    def observe(self) -> None:
+        """Asks to keep, detached, what the coming forward call computes, for :meth:`diagnostics`."""
+
+    def diagnostics(self) -> dict[str, float]:
+        """Numbers about what was kept since :meth:`observe`, over all processes, all of which must call it; then it is
+        forgotten. {}: there is nothing to tell.
+        """
+        return {}
+
     def pretrained_layers(self) -> list[nn.Layer]:
         """The backbones that start from `Global.pretrained_model`."""
         return [self.backbone]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from typing import Callable
+from typing import Callable, Optional
 
 import paddle
 from paddle import Tensor, nn
 
 from passl.models.dino.loss import DINOLoss
+from passl.models.dino.observation import Observation
 from passl.models.layers import learned_parameters
 from passl.models.method import Method
 from passl.registry import METHODS
@@ -73,6 +74,7 @@ class DINO(Method):
             parameter.stop_gradient = True
         self.dino_loss = DINOLoss(self.student.head.out_dim, student_temp, center_momentum)
         self.freeze_last_layer = freeze_last_layer
+        self._observation: Optional[Observation] = None
 
     @property
     def backbone(self) -> nn.Layer:
@@ -102,6 +104,20 @@ class DINO(Method):
         with paddle.no_grad():
             teacher_logits = self.teacher([global_crops])
         return {"loss": self.dino_loss(self.student(crops), teacher_logits, teacher_temp)}
+
+    def observe(self) -> None:
+        if self._observation is not None:  # of a step that was left out
+            self._observation.end()
+        self._observation = Observation(self.student, self.teacher, self.dino_loss)
+
+    def diagnostics(self) -> dict[str, float]:
+        """See docs/doctor.md for what each number means."""
+        if self._observation is None:
+            return {}
+        numbers = self._observation.numbers()
+        self._observation.end()
+        self._observation = None
+        return numbers
 
     def after_backward(self, epoch: int) -> None:
         """Drops the gradients of the student's last layer in the first epochs."""

@@ -1,0 +1,240 @@
+"""The doctor's visits to a run that goes on: measuring every so many steps, and a word when the verdict changes."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+from collections import deque
+from collections.abc import Mapping
+from typing import Any, Optional
+
+import numpy as np
+import paddle
+from paddle import nn
+
+from passl import distributed
+from passl.data.image_io import UnreadableImageError
+from passl.data.samples import ImageSamples, Samples
+from passl.doctor.runs import History, settings_of
+from passl.doctor.verdict import HEALTHY, Diagnosis, diagnose
+from passl.engine.hooks import LogHook
+from passl.engine.trainer import Trainer
+from passl.log import read_metrics
+from passl.yaml_io import parse
+
+logger = logging.getLogger("passl")
+
+PHASE = "doctor"
+_PIXELS = 1024  # of a sample, in its fingerprint
+_MEMORY = 4096  # fingerprints of earlier samples
+_SLICE = 4096  # elements of a weight whose change is measured
+_IMAGES = 8  # of the data set, compared once
+
+
+class DiagnosisHook:
+    """Measures the first step, every ``interval``-th and the last, writes the numbers to metrics.jsonl and VisualDL,
+    and warns in the log when the verdict changes. Numbers: see docs/doctor.md.
+
+    Args:
+        log: where rows are written.
+        interval: optimizer steps.
+        config: of the run, as YAML: what the advice says of the present values.
+    """
+
+    def __init__(self, log: LogHook, interval: int, config: str) -> None:
+        self.log = log
+        self.interval = interval
+        self.settings = settings_of(parse(config, "config.yaml"))
+        self.history = History(self.settings)
+        self.diagnosis = Diagnosis()
+        self._losses: list[paddle.Tensor] = []
+        self._waited = self._seconds = 0.0
+        self._batch = BatchWatch()
+        self._weights: Optional[WeightWatch] = None
+        self._distinct_images: Optional[float] = None
+
+    def before_train(self, trainer: Trainer) -> None:
+        if trainer.step and distributed.is_main():
+            for row in read_metrics(self.log.folder / "metrics.jsonl"):
+                if row.get("phase") == PHASE and row["step"] <= trainer.step:
+                    self.history.add(row)
+            self.diagnosis = diagnose(self.history)
+        self._prepare(trainer)
+
+    def after_step(self, trainer: Trainer) -> None:
+        if trainer.outputs:  # the step was not left out
+            self._losses.append(trainer.outputs["loss"])
+        self._waited += trainer.reader_seconds
+        self._seconds += trainer.batch_seconds
+        if self._weights is not None:
+            if trainer.outputs:
+                self._visit(trainer)
+            self._weights = None
+        self._prepare(trainer)
+
+    def after_train(self, trainer: Trainer) -> None:
+        """Nothing: the last step was measured."""
+
+    def _prepare(self, trainer: Trainer) -> None:
+        """Has the coming step observed, if it is due."""
+        coming = trainer.step + 1
+        if coming == 1 or coming % self.interval == 0 or coming == trainer.stop_step:
+            trainer.method.observe()
+            self._batch.watch(trainer.method)
+            self._weights = WeightWatch(trainer.optimizer.parameters)
+
+    def _visit(self, trainer: Trainer) -> None:
+        numbers = {
+            **self._run_numbers(trainer),
+            **trainer.method.diagnostics(),
+            **gradient_norms(trainer),
+            **self._weights.numbers(),
+            **self._batch.numbers(),
+        }
+        if not distributed.is_main():
+            return
+        if self._distinct_images is None:
+            # Only now: a worker process that is started later would share the files that are opened here.
+            self._distinct_images = distinct_images(trainer.loader.dataset)
+        row = {"epoch": trainer.epoch + 1, **numbers, "distinct_images": self._distinct_images}
+        self.history.add({"step": trainer.step, **trainer.values, **row})
+        before, self.diagnosis = self.diagnosis, diagnose(self.history)
+        row["verdict"] = self.diagnosis.verdict
+        if self.diagnosis.verdict != before.verdict:
+            row.update(evidence=self.diagnosis.evidence, advice=self.diagnosis.advice)
+            self._tell(trainer)
+        self.log.record(trainer.step, row, PHASE)
+
+    def _tell(self, trainer: Trainer) -> None:
+        if self.diagnosis.verdict == HEALTHY:
+            logger.info("[Doctor] step %d: the run is healthy again", trainer.step)
+        else:
+            logger.warning("[Doctor] step %d: %s", trainer.step, self.diagnosis.text())
+
+    def _run_numbers(self, trainer: Trainer) -> dict[str, float]:
+        """Loss and waiting since the last visit, over all processes."""
+        losses = paddle.stack([loss.astype("float32").reshape([]) for loss in self._losses])
+        size = float(distributed.world_size())
+        losses = distributed.all_reduce_sum_(losses).numpy().astype(np.float64) / size
+        share = self._waited / self._seconds if self._seconds else 0.0
+        waits = distributed.all_gather(paddle.to_tensor([share], "float32")).numpy()
+        self._losses, self._waited, self._seconds = [], 0.0, 0.0
+        return {
+            "loss": float(losses.mean()),
+            "loss_min": float(losses.min()),
+            "loss_max": float(losses.max()),
+            "data_wait": float(waits.max()),
+        }
+
+
+class BatchWatch:
+    """Whether batches hold new pixels: prints of samples, kept between visits."""
+
+    def __init__(self) -> None:
+        self._seen: deque[bytes] = deque(maxlen=_MEMORY)
+        self._prints: list[bytes] = []
+        self._handle: Any = None
+
+    def watch(self, method: nn.Layer) -> None:
+        """Looks at the batch of the coming forward call; of several calls, at the last one's."""
+        if self._handle is None:
+            self._handle = method.register_forward_pre_hook(self._look)
+
+    def _look(self, _: nn.Layer, inputs: tuple) -> None:
+        batch = inputs[0]
+        images = next((x for name, x in batch.items() if name not in ("index", "label") and x.ndim > 1), None)
+        if images is None:
+            return
+        count = batch["index"].shape[0] if "index" in batch else images.shape[0]
+        first_views = images[:count].reshape([count, -1]).numpy()
+        columns = np.linspace(0, first_views.shape[1] - 1, min(_PIXELS, first_views.shape[1])).astype(np.int64)
+        self._prints = [hashlib.blake2b(row.tobytes(), digest_size=8).digest() for row in first_views[:, columns]]
+
+    def numbers(self) -> dict[str, float]:
+        """Shares of the batch, between 0 and 1: samples that differ from each other, and samples seen at an earlier
+        visit; means over all processes.
+        """
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
+        prints, self._prints = self._prints, []
+        if not prints:
+            return {}
+        seen = set(self._seen)
+        shares = [len(set(prints)) / len(prints), sum(one in seen for one in prints) / len(prints)]
+        self._seen.extend(prints)
+        distinct, repeated = distributed.all_gather(paddle.to_tensor(shares, "float32")).mean(0).tolist()
+        return {"distinct_samples": distinct, "repeated_samples": repeated}
+
+
+class WeightWatch:
+    """How far one optimizer step moves the weights, measured on a slice of each matrix."""
+
+    def __init__(self, parameters: list[paddle.Tensor]) -> None:
+        self._parameters = [parameter for parameter in parameters if parameter.ndim > 1]
+        self._before = [_slice(parameter) for parameter in self._parameters]
+
+    def numbers(self) -> dict[str, float]:
+        """update_ratio: median over the matrices of |change| / |weight before|; those that did not move do not count.
+        weight_rms: their root mean square before the step, geometric mean over all.
+        """
+        sizes = [np.sqrt(np.mean(before**2)) for before in self._before]
+        moves = [np.sqrt(np.mean((_slice(p) - before) ** 2)) for p, before in zip(self._parameters, self._before)]
+        ratios = [move / max(size, 1e-12) for size, move in zip(sizes, moves) if move > 0]
+        logs = np.log(np.maximum(sizes, 1e-12))
+        return {
+            "update_ratio": float(np.median(ratios)) if ratios else 0.0,
+            "weight_rms": float(np.exp(logs.mean())) if sizes else 0.0,
+        }
+
+
+def _slice(parameter: paddle.Tensor) -> np.ndarray:
+    rows = max(1, _SLICE // max(parameter.size // parameter.shape[0], 1))
+    return parameter.detach()[:rows].astype("float32").numpy().astype(np.float64)
+
+
+def gradient_norms(trainer: Trainer) -> dict[str, float]:
+    """Of all gradients of the last step before clipping, and of their parts."""
+    names = {id(parameter): name for name, parameter in trainer.method.named_parameters()}
+    squares: dict[str, list[paddle.Tensor]] = {}
+    for parameter, norm in zip(trainer.optimizer.parameters, trainer.gradient_norms):
+        if norm is not None:
+            squares.setdefault(_part(names.get(id(parameter), "")), []).append(norm.astype("float32") ** 2)
+    if not squares:
+        return {"gradient_norm": 0.0}
+    totals = paddle.stack([paddle.stack(parts).sum() for parts in squares.values()]).numpy().astype(np.float64)
+    parts = {f"gradient_norm_{name}": math.sqrt(total) for name, total in zip(squares, totals)}
+    return {"gradient_norm": math.sqrt(totals.sum()), **parts}
+
+
+def _part(name: str) -> str:
+    """Of a parameter's name."""
+    if "last_layer" in name:
+        return "last_layer"
+    return "backbone" if "backbone." in name else "head"
+
+
+def distinct_images(dataset: Samples) -> float:
+    """Share of distinct ones among some samples spread over a data set; NaN if fewer than two can be read."""
+    indices = dataset.pool if dataset.pool is not None else np.arange(len(dataset))
+    chosen = np.unique(np.linspace(0, len(indices) - 1, _IMAGES).astype(np.int64))
+    prints = [_print_of(dataset, int(indices[place])) for place in chosen]
+    found = [one for one in prints if one is not None]
+    return len(set(found)) / len(found) if len(found) > 1 else math.nan
+
+
+def _print_of(dataset: Samples, index: int) -> Optional[bytes]:
+    try:
+        if isinstance(dataset, ImageSamples) and type(dataset).content is ImageSamples.content:
+            content: Mapping[str, Any] = {"image": dataset.load(index)}
+        else:  # the same random numbers for every sample: equal ones stay equal
+            content = dataset.content(index, np.random.default_rng(0))
+    except (UnreadableImageError, OSError):
+        return None
+    digest = hashlib.blake2b(digest_size=8)
+    for name in sorted(content):
+        array = np.ascontiguousarray(np.asarray(content[name]))
+        digest.update(f"{name}{array.shape}".encode())
+        digest.update(array.tobytes())
+    return digest.digest()
