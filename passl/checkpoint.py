@@ -10,91 +10,28 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import pickle
 import shutil
 import zlib
-from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Optional, Union
+from typing import Any, Optional, Union
 
 import numpy as np
 import paddle
 from paddle import nn
 
+from passl.formats import paddle_reader
+from passl.formats.paddle_reader import CheckpointError
+
 PARAMS, OPTIMIZER, STATES = ".pdparams", ".pdopt", ".pdstates"
 _BACKBONE_KEYS = {"teacher": "teacher.backbone.", "student": "student.backbone."}
-_PARAMETER_NAMES = "StructuredToParameterName@@"  # paddle.save adds this table to every state dict
 
 logger = logging.getLogger("passl")
 PathLike = Union[str, Path]
 
 
-class CheckpointError(ValueError):
-    """A file of weights that is missing, damaged, or does not fit; the text says which and what to do."""
-
-
 # --- reading -------------------------------------------------------------------------------------------------------
-
-
-def _latin1_bytes(text: str, encoding: str) -> bytes:
-    if encoding != "latin1":
-        raise CheckpointError(f"bytes encoded as {encoding!r}: refused")
-    return text.encode("latin1")
-
-
-class _Dtype:
-    """Stands for numpy.dtype: numpy's own takes flags from the file that can crash the interpreter."""
-
-    def __init__(self, code: str, *_: bool) -> None:
-        self.dtype = np.dtype(str(code))
-        if self.dtype.kind not in "fiubcSU":
-            raise CheckpointError(f"arrays of {self.dtype}, not of numbers or text: refused")
-
-    def __setstate__(self, state: tuple) -> None:
-        self.dtype = self.dtype.newbyteorder(state[1])
-
-
-class _Array:
-    """Stands for numpy.ndarray while it is read; ``values`` is the array."""
-
-    values: np.ndarray
-
-    def __setstate__(self, state: tuple) -> None:
-        _, shape, kind, is_fortran, data = state
-        content = data.encode("latin1") if isinstance(data, str) else data
-        flat = np.frombuffer(content, kind.dtype) if content else np.empty(0, kind.dtype)
-        # A copy in this machine's byte order, that may be written to.
-        self.values = flat.astype(kind.dtype.newbyteorder("=")).reshape(shape, order="F" if is_fortran else "C")
-
-
-def _scalar(kind: _Dtype, data: Union[bytes, str]) -> Any:
-    array = _Array()
-    array.__setstate__((1, (), kind, False, data))
-    return array.values[()]
-
-
-class _NumpyUnpickler(pickle._Unpickler):  # the one in C makes lists as long as a number in the file says
-    """Reads what ``paddle.save`` writes of numpy arrays and plain containers, and refuses every other global."""
-
-    _ALLOWED: ClassVar = {
-        ("multiarray", "_reconstruct"): lambda *_: _Array(),
-        ("multiarray", "scalar"): _scalar,
-        ("numpy", "ndarray"): _Array,
-        ("numpy", "dtype"): _Dtype,
-        ("collections", "OrderedDict"): OrderedDict,
-        ("builtins", "tuple"): tuple,
-        ("_codecs", "encode"): _latin1_bytes,  # the bytes of an array, in pickle protocol 2
-        ("__builtin__", "bytes"): lambda: b"",  # those of an empty array
-    }
-
-    def find_class(self, module: str, name: str) -> Any:
-        # numpy 1 pickles "numpy.core.multiarray", numpy 2 "numpy._core.multiarray".
-        short = "multiarray" if module in ("numpy.core.multiarray", "numpy._core.multiarray") else module
-        if (short, name) not in self._ALLOWED:
-            raise CheckpointError(f"the file asks for {module}.{name}, which is no part of a file of weights: refused")
-        return self._ALLOWED[short, name]
 
 
 def read(path: PathLike) -> Any:
@@ -108,7 +45,7 @@ def read(path: PathLike) -> Any:
         raise CheckpointError(f"{path}: no such file{_neighbours(path)}")
     try:
         with path.open("rb") as file:
-            return _plain(_NumpyUnpickler(file, encoding="latin1").load(), {})
+            return paddle_reader.load(file)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from None
     except OSError as error:
@@ -141,22 +78,6 @@ def with_suffix(prefix: PathLike, suffix: str) -> Path:
         if text.endswith(known):
             text = text[: -len(known)]
     return Path(text + suffix)
-
-
-def _plain(value: Any, seen: dict[int, Any]) -> Any:
-    """``value`` without wrappings: (name, array) pairs become arrays, the table of parameter names goes.
-
-    seen: what has become of containers by their id. A few bytes can hold one ten to the power of ten times.
-    """
-    if isinstance(value, _Array):
-        return value.values
-    if isinstance(value, tuple) and len(value) == 2 and isinstance(value[0], str) and isinstance(value[1], _Array):
-        return value[1].values
-    if id(value) not in seen and isinstance(value, dict):
-        seen[id(value)] = {key: _plain(item, seen) for key, item in value.items() if key != _PARAMETER_NAMES}
-    elif id(value) not in seen and isinstance(value, (list, tuple)):
-        seen[id(value)] = type(value)(_plain(item, seen) for item in value)
-    return seen.get(id(value), value)
 
 
 def _neighbours(path: Path) -> str:
@@ -274,9 +195,11 @@ class CheckpointStore:
         write(_ordered(optimizer), with_suffix(prefix, OPTIMIZER))
         checksums = {suffix: checksum(with_suffix(prefix, suffix)) for suffix in (PARAMS, OPTIMIZER)}
         write({**states, "checksums": checksums}, with_suffix(prefix, STATES))
+        _flush_names(self.folder)  # `latest` must not come to the disk before the set that it is of
         for alias in ["latest", "best"] if best else ["latest"]:
             for suffix in (PARAMS, OPTIMIZER, STATES):
                 _link(with_suffix(prefix, suffix), self.folder / (alias + suffix))
+        _flush_names(self.folder)  # before an older set is removed
         self._prune()
 
     def newest_intact(self) -> Optional[Path]:
@@ -288,7 +211,7 @@ class CheckpointStore:
         candidates = []
         for path in self.folder.glob(f"*{STATES}"):
             try:
-                candidates.append((_run_states(path)["step"], path.name == f"latest{STATES}", with_suffix(path, "")))
+                candidates.append((run_states(path)["step"], path.name == f"latest{STATES}", with_suffix(path, "")))
             except CheckpointError as error:
                 logger.warning("checkpoint skipped: %s", error)
         for *_, prefix in sorted(candidates, reverse=True):
@@ -309,7 +232,7 @@ class CheckpointStore:
         later = []
         for path in self.folder.glob(f"*{STATES}"):
             with contextlib.suppress(CheckpointError):
-                if _run_states(path)["step"] > after_step:
+                if run_states(path)["step"] > after_step:
                     later.append(with_suffix(path, ""))
         if not later:
             return None
@@ -349,7 +272,7 @@ def read_states(prefix: PathLike) -> dict[str, Any]:
     Raises:
         CheckpointError: a file is missing or damaged, or the three were not saved together.
     """
-    states = _run_states(with_suffix(prefix, STATES))
+    states = run_states(prefix)
     for suffix, expected in states["checksums"].items():
         path = with_suffix(prefix, suffix)
         if not path.is_file():
@@ -359,7 +282,9 @@ def read_states(prefix: PathLike) -> dict[str, Any]:
     return states
 
 
-def _run_states(path: Path) -> dict[str, Any]:
+def run_states(prefix: PathLike) -> dict[str, Any]:
+    """``{prefix}.pdstates`` alone: nothing is known of the other two files."""
+    path = with_suffix(prefix, STATES)
     states = read(path)
     checksums = states.get("checksums") if isinstance(states, dict) else None
     if not isinstance(checksums, dict) or not isinstance(states.get("step"), int):
@@ -393,6 +318,16 @@ def _link(source: Path, target: Path) -> None:
     except OSError:  # a file system without hard links
         shutil.copyfile(source, partial)
     os.replace(partial, target)
+
+
+def _flush_names(folder: Path) -> None:
+    """Files are on the disk when they are written; their names in ``folder`` are from here on."""
+    with contextlib.suppress(OSError):  # not every file system can
+        number = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(number)
+        finally:
+            os.close(number)
 
 
 def _number(prefix: Path, kind: str) -> Optional[int]:

@@ -22,13 +22,24 @@ class _ConsoleHandler(logging.Handler):
         tqdm.write(self.format(record), file=sys.stderr)
 
 
+class _FileHandler(logging.FileHandler):
+    """Says once that the disk is full, instead of a traceback for each line."""
+
+    _has_failed = False
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 (a name of logging's)
+        if not self._has_failed:
+            self._has_failed = True
+            print(f"error: {self.baseFilename}: cannot be written ({sys.exc_info()[1]})", file=sys.stderr)
+
+
 def setup(file: Optional[Path] = None, quiet: bool = False) -> None:
     """Send the log to stderr, and to ``file`` as well; ``quiet`` (every process but the first) keeps only errors."""
     formatter = logging.Formatter("[%(asctime)s] %(name)s %(levelname)s: %(message)s", "%Y/%m/%d %H:%M:%S")
     handlers: list[logging.Handler] = [_ConsoleHandler()]
     if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)
-        handlers.append(logging.FileHandler(file, encoding="utf-8"))
+        handlers.append(_FileHandler(file, encoding="utf-8"))
     for handler in list(logger.handlers):
         logger.removeHandler(handler)
         handler.close()

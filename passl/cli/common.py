@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import io
 import os
+import signal
 import sys
 import time
 import warnings
+from pathlib import Path
 
 import passl
 
 CONFIG_ERROR, RUN_ERROR = 2, 1
+INTERRUPTED = 75  # told to stop, and saved: the same command with Global.checkpoint=auto goes on (EX_TEMPFAIL)
+_PR_SET_PDEATHSIG = 1
 
 
 def new_parser(name: str, description: str) -> argparse.ArgumentParser:
@@ -37,18 +42,27 @@ def guarded(function: object, *arguments: object) -> None:
     from passl.config import ConfigError
     from passl.data.loader import BadSamplesError
     from passl.data.workers import WorkerDiedError
-    from passl.engine.trainer import NonFiniteLossError
+    from passl.engine.folder_lock import FolderInUseError
+    from passl.engine.interruption import Interrupted
+    from passl.engine.non_finite import NonFiniteLossError
     from passl.exported import ExportError
+
+    of_the_user = (
+        CheckpointError, BadSamplesError, ExportError, FolderInUseError, NonFiniteLossError, WorkerDiedError, OSError,
+    )  # fmt: skip
 
     try:
         try:
             function(*arguments)
+        except Interrupted as interrupted:
+            print(interrupted, file=sys.stderr)
+            sys.exit(INTERRUPTED)
         except BaseException:
             _outlive_this_process()
             raise
     except ConfigError as error:
         stop(error, CONFIG_ERROR)
-    except (CheckpointError, BadSamplesError, ExportError, NonFiniteLossError, WorkerDiedError, OSError) as error:
+    except of_the_user as error:
         stop(error, RUN_ERROR)
 
 
@@ -61,6 +75,22 @@ def _outlive_this_process() -> None:
     if int(os.environ.get("PADDLE_TRAINER_ID") or 0) > 0 and hasattr(os, "fork") and os.fork() == 0:
         time.sleep(8)
         os._exit(0)
+
+
+def end_with_the_launcher() -> None:
+    """Have the system send SIGTERM to this process when the launcher that started it is killed.
+
+    A launcher that is told to end tells its processes; one that is killed would leave them training.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    launcher = os.getppid()
+    with contextlib.suppress(OSError):  # the parent is gone, or hidden
+        command = Path(f"/proc/{launcher}/cmdline").read_bytes()
+        if b"paddle.distributed.launch" in command or b"paddle/distributed/launch" in command:
+            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+            if os.getppid() != launcher:
+                sys.exit(RUN_ERROR)
 
 
 def stop(error: Exception, code: int) -> None:

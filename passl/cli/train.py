@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Optional
 
-from passl.cli.common import CONFIG_ERROR, guarded, import_paddle, new_parser, stop
+from passl.cli.common import CONFIG_ERROR, end_with_the_launcher, guarded, import_paddle, new_parser, stop
 
 _TRAIN_HELP = """\
 Train what a configuration describes: DINO pre-training, or a linear probe on a frozen backbone.
@@ -16,7 +16,11 @@ Train what a configuration describes: DINO pre-training, or a linear probe on a 
   passl-train -c configs/dino/dino_deit_small_patch16_224_pt_in1k_1n8c_dp_fp16o1.yaml
   passl-train -c probe.yaml -o Global.pretrained_model=output/DINO/latest
   passl-train -c pretrain.yaml -o Global.checkpoint=auto                  go on after a crash, bit for bit
+  until passl-train -c pretrain.yaml -o Global.checkpoint=auto; do [ $? -eq 75 ] || sleep 60; done
   python -m paddle.distributed.launch --devices 0,1,2,3 $(which passl-train) -c pretrain.yaml
+
+Exit codes: 0 done; 1 the run failed; 2 the configuration is wrong; 75 told to stop (SIGTERM, Ctrl-C) and saved: the
+same command with -o Global.checkpoint=auto goes on (docs/faults.md).
 """
 _EVAL_HELP = """\
 Score frozen weights, or write their features, with the evaluators of a configuration: KNN, Classification, Features,
@@ -55,6 +59,7 @@ def _run(options: argparse.Namespace, training: bool) -> None:
     from passl.config import ConfigError, load, to_yaml
     from passl.schema import MISSING
 
+    end_with_the_launcher()
     try:
         config = load(options.config, options.override)
         if options.print_config and not options.check:

@@ -15,6 +15,7 @@ from passl.data.samples import Samples
 from passl.data.transforms import Compose
 from passl.engine import data_section
 from passl.engine.early_stopping import EarlyStopping
+from passl.engine.non_finite import NonFinite
 from passl.engine.optim import Optimizer
 from passl.engine.precision import GradScalerSettings, Precision
 from passl.engine.settings import MODELS, GlobalSettings, LoaderSettings, SamplerSettings
@@ -60,11 +61,12 @@ def _argument(key: str, value: Any, where: str) -> Any:
 
 def global_settings(config: Config) -> GlobalSettings:
     section = dict(config.get("Global") or {})
-    if section.get("early_stopping") is not None:
-        try:
-            section["early_stopping"] = EarlyStopping(**section["early_stopping"])
-        except ValueError as error:
-            raise ConfigError([f"Global.early_stopping: {error}"]) from error
+    for key, kind in (("early_stopping", EarlyStopping), ("non_finite", NonFinite)):
+        if section.get(key) is not None:
+            try:
+                section[key] = kind(**section[key])
+            except ValueError as error:
+                raise ConfigError([f"Global.{key}: {error}"]) from error
     return GlobalSettings(**section)
 
 
@@ -73,8 +75,9 @@ def model(config: Config) -> nn.Layer:
     return component(config["Model"], MODELS, "Model")
 
 
-def precision(config: Config) -> Precision:
-    section = dict(config.get("FP16") or {})
+def precision(config: Config, fallen_back_to: Optional[Mapping[str, str]] = None) -> Precision:
+    """``fallen_back_to``: level and dtype instead of the configuration's, see `NonFinite`."""
+    section = {**(config.get("FP16") or {}), **(fallen_back_to or {})}
     scaler = section.pop("GradScaler", None)
     try:
         return Precision(**section, grad_scaler=GradScalerSettings(**scaler) if scaler else None)

@@ -34,7 +34,6 @@ class Measuring:
         self.folder = folder
 
     def run(self, trainer: Trainer) -> dict[str, float]:
-        trainer.check_finite()
         started = time.perf_counter()
         try:
             results = self._evaluate(trainer)
@@ -72,12 +71,24 @@ class EvaluationHook:
 
     def before_train(self, trainer: Trainer) -> None:
         trainer.progress.setdefault("best_metric", None)
+        # A run that was told to stop saved first, and left the measurement to this one.
+        if trainer.progress.pop("evaluation_is_due", False):
+            self._measure(trainer)
+            is_best = bool(trainer.progress.get("is_best"))
+            if is_best or trainer.step == trainer.stop_step:
+                self.measuring.checkpoints.save(trainer, is_best)
 
     def after_step(self, trainer: Trainer) -> None:
         if self.decides_best:
             trainer.progress["is_best"] = False
         if trainer.step % self.interval and trainer.step != trainer.stop_step:
             return
+        if trainer.is_interrupted:
+            trainer.progress["evaluation_is_due"] = True
+        else:
+            self._measure(trainer)
+
+    def _measure(self, trainer: Trainer) -> None:
         results = self.measuring.run(trainer)
         if self.decides_best:
             self._keep_best(trainer, results)
@@ -154,8 +165,8 @@ class EarlyStoppingHook:
     def after_step(self, trainer: Trainer) -> None:
         trainer.progress["is_best"] = False
         due = self._is_due(trainer)
-        if not due and trainer.step != trainer.stop_step:
-            return
+        if trainer.is_interrupted or (not due and trainer.step != trainer.stop_step):
+            return  # a run that was told to stop measures when it is resumed
         results = self.measuring.run(trainer)
         values: dict[str, Any] = dict(results)
         if due:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import resource
 import sys
 from pathlib import Path
@@ -68,7 +69,8 @@ class LogHook:
             self._bar = tqdm(total=trainer.stop_step, initial=trainer.step, unit="step", dynamic_ncols=True)
 
     def after_step(self, trainer: Trainer) -> None:
-        self._pending.append((trainer.outputs, trainer.batch_samples))
+        if trainer.outputs:  # the step was not left out
+            self._pending.append((trainer.outputs, trainer.batch_samples))
         self._batch_cost.update(trainer.batch_seconds)
         self._reader_cost.update(trainer.reader_seconds)
         self._wait.add(trainer.reader_seconds, trainer.batch_seconds)
@@ -91,21 +93,24 @@ class LogHook:
 
     def record(self, step: int, values: dict[str, Any], phase: str) -> None:
         """Write ``values`` of ``step`` to metrics.jsonl and VisualDL; only the first process does."""
-        if self._file is not None:
-            self._file.write(step, {"phase": phase, **values})
-        if self._writer is not None:
-            for name, value in values.items():
-                if isinstance(value, (int, float)) and name != "epoch":
-                    self._writer.add_scalar(tag=f"{phase}/{name}", step=step, value=value)
+        try:
+            if self._file is not None:
+                self._file.write(step, {"phase": phase, **values})
+            if self._writer is not None:
+                for name, value in values.items():
+                    if isinstance(value, (int, float)) and name != "epoch":
+                        self._writer.add_scalar(tag=f"{phase}/{name}", step=step, value=value)
+        except OSError as error:  # a full disk: a line of the curves is not worth the run
+            logger.error("the numbers of step %d were not written (%s); the run goes on", step, error)
 
     def _flush(self, loader: Loader) -> list[float]:
         """Read the scalars of the steps since the last line, from all processes: the only place that waits for the
         device, and for the other processes' unreadable files. Returns the `DataWait.shares` of the slowest.
         """
-        names = list(self._pending[0][0])
-        totals = paddle.stack(
-            [paddle.stack([outputs[n].astype("float32") for n in names]) * size for outputs, size in self._pending]
-        ).sum(0)
+        names = list(self._pending[0][0]) if self._pending else []
+        totals = paddle.zeros([len(names)])
+        for outputs, size in self._pending:
+            totals += paddle.stack([outputs[n].astype("float32") for n in names]) * size
         counts = [float(sum(size for _, size in self._pending)), float(loader.num_unshared_bad_samples)]
         shares = self._wait.shares()
         # A place for each process: the sum over processes is then a list of all.
@@ -129,8 +134,10 @@ class LogHook:
         ips = self._samples.mean / batch_cost if batch_cost else 0.0
         parts = [f"lr: {trainer.values['lr']:.6f}"]
         parts += [f"{name}: {value:.5f}" for name, value in metrics.items() if name != "loss"]
+        if skipped := trainer.progress.get("skipped_steps"):
+            metrics["skipped_steps"] = skipped
         parts += [
-            f"loss: {metrics['loss']:.5f}",
+            f"loss: {metrics.get('loss', math.nan):.5f}",
             f"batch_cost: {batch_cost:.5f} s",
             f"reader_cost: {reader_cost:.5f} s",
             f"ips: {ips:.5f} images/sec",
@@ -146,7 +153,7 @@ class LogHook:
         speed = {"batch_cost": batch_cost, "reader_cost": reader_cost, "ips": ips, "data_wait": data_wait}
         self.record(trainer.step, {"epoch": trainer.epoch + 1, **metrics, **trainer.values, **speed}, "train")
         if self._bar is not None:
-            self._bar.set_postfix_str(f"loss {metrics['loss']:.3f}, {ips:.1f} images/s", refresh=False)
+            self._bar.set_postfix_str(f"loss {metrics.get('loss', math.nan):.3f}, {ips:.1f} images/s", refresh=False)
         self._recent = {}
         self._batch_cost, self._reader_cost, self._samples = Average(), Average(), Average()
 
@@ -172,31 +179,35 @@ class CheckpointHook:
     def after_step(self, trainer: Trainer) -> None:
         is_last = trainer.step == trainer.stop_step
         is_best = bool(trainer.progress.get("is_best"))
-        if trainer.step % self.interval == 0 or is_last or is_best:
+        if trainer.step % self.interval == 0 or is_last or is_best or trainer.is_interrupted:
             self.save(trainer, is_best)
 
     def save(self, trainer: Trainer, is_best: bool) -> None:
-        """Save now. A full disk is an error only at the last step: before it, the next attempt may succeed."""
-        trainer.check_finite()
+        """Save now. A full disk is an error only if no attempt follows that may succeed."""
         trainer.check_weights()  # on every process: they are equal, so all stop
+        optimizer_state = trainer.optimizer.state_dict()  # on every process: each may hold a share
         if not distributed.is_main():
             return
         try:
-            _save(self.store, trainer, self.description, best=is_best)
+            _save(self.store, trainer, optimizer_state, self.description, best=is_best)
         except OSError as error:
-            if trainer.step == trainer.stop_step:
+            if trainer.step == trainer.stop_step or trainer.is_interrupted:
                 raise
             logger.error(
                 "checkpoint of step %d was not saved (%s); the run goes on, the next one will be tried",
                 trainer.step,
                 error,
             )
+        else:
+            trainer.last_checkpoint = self.store.folder / "latest"
 
     def after_train(self, trainer: Trainer) -> None:
         """Nothing: the last step was saved."""
 
 
-def _save(store: CheckpointStore, trainer: Trainer, description: dict[str, Any], best: bool) -> None:
+def _save(
+    store: CheckpointStore, trainer: Trainer, optimizer_state: dict[str, Any], description: dict[str, Any], best: bool
+) -> None:
     """Write the trainer's whole state; ``description`` (config, world size ...) goes along."""
     name = f"epoch_{trainer.epoch + 1}" if trainer.at_epoch_end else f"step_{trainer.step}"
     states = {
@@ -210,7 +221,7 @@ def _save(store: CheckpointStore, trainer: Trainer, description: dict[str, Any],
         "versions": {"passl": passl.__version__, "paddle": paddle.__version__},
         **description,
     }
-    store.save(name, trainer.method.state_dict(), trainer.optimizer.state_dict(), states, best=best)
+    store.save(name, trainer.method.state_dict(), optimizer_state, states, best=best)
 
 
 def _peak_memory() -> float:

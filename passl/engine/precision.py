@@ -31,6 +31,23 @@ class GradScalerSettings:
     use_dynamic_loss_scaling: bool = True
 
 
+_MASTER = "_fp32_master_0"
+
+
+def in_full_precision(
+    weights: Mapping[str, Any], optimizer_state: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Weights and optimizer state of a run at level O2 as those of one in float32: the master weights are the weights.
+
+    What holds no master weights comes back as it is.
+    """
+    state = {key: value for key, value in optimizer_state.items() if key != "master_weights"}
+    masters = dict(optimizer_state.get("master_weights", {}))
+    masters.update((key[: -len(_MASTER)], state.pop(key)) for key in list(state) if key.endswith(_MASTER))
+    renamed = {key.replace(_MASTER, "") if _MASTER in key else key: value for key, value in state.items()}
+    return {**weights, **masters}, renamed
+
+
 class Precision:
     """The arithmetic of a run.
 
@@ -86,6 +103,28 @@ class Precision:
             self.scaler.update()
         else:
             optimizer.step()
+
+    @property
+    def loss_scale(self) -> float:
+        """What the loss is multiplied with, 1 without a scaler."""
+        return float(self.scaler.state_dict()["scale"].item()) if self.scaler and self.scaler.is_enable() else 1.0
+
+    def overflow_is_normal(self) -> bool:
+        """Whether a gradient that is not finite says no more than that the loss scale is too high, and must come
+        down.
+        """
+        return self.loss_scale > 1 and self.scaler.is_use_dynamic_loss_scaling()
+
+    def lower(self) -> Optional[dict[str, str]]:
+        """Level and dtype in which less overflows: bfloat16 at the same level, then float32, then None."""
+        if self.level == "O0":
+            return None
+        if self.dtype == "float16" and paddle.amp.is_bfloat16_supported():
+            return {"level": self.level, "dtype": "bfloat16"}
+        return {"level": "O0", "dtype": "float16"}
+
+    def __str__(self) -> str:
+        return "float32 (FP16.level O0)" if self.level == "O0" else f"{self.dtype} (FP16.level {self.level})"
 
     def state_dict(self) -> dict[str, Any]:
         return self.scaler.state_dict() if self.scaler else {}

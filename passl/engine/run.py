@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Optional
 
@@ -17,9 +19,12 @@ from passl.engine import build, data_section, start
 from passl.engine.diagnosis import DiagnosisHook
 from passl.engine.early_stopping import deciding_evaluator
 from passl.engine.evaluation import EarlyStoppingHook, EvaluationHook, Measuring
+from passl.engine.folder_lock import FolderInUseError, FolderLock
 from passl.engine.hooks import CheckpointHook, LogHook
+from passl.engine.interruption import Interrupted, StopSignals
 from passl.engine.passl_config import translate
 from passl.engine.plugins import load_plugins
+from passl.engine.roll_back import RollBack
 from passl.engine.settings import GlobalSettings, schema
 from passl.engine.trainer import Hook, Trainer
 from passl.evaluators import Evaluator, evaluate
@@ -59,8 +64,38 @@ def train(config: Config, source: Config) -> Trainer:
     log.setup(quiet=not distributed.is_main())
     set_up(settings)
     config, source = data_section.complete(config, source, settings, _folder(config, settings))
+    with _alone_in(_folder(config, settings)), StopSignals() as signals:
+        trainer, back = None, None
+        while trainer is None or back:
+            trainer = None  # its memory is needed
+            trainer, back = _attempt(config, source, settings, signals, back)
+        if trainer.is_interrupted:
+            distributed.barrier()  # a launcher ends all processes when the first one ends
+            raise Interrupted(trainer.step, trainer.last_checkpoint)
+    return trainer
+
+
+@contextlib.contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Holds the folder for this run; a problem of the process that writes is one of all."""
+    with contextlib.ExitStack() as stack:
+        problem = None
+        if distributed.is_main():
+            try:
+                stack.enter_context(FolderLock(folder))
+            except (FolderInUseError, OSError) as error:
+                problem = error
+        if distributed.broadcast_object(problem is not None):
+            raise problem or FolderInUseError(f"{folder} cannot be used: see what the first process says")
+        yield
+
+
+def _attempt(
+    config: Config, source: Config, settings: GlobalSettings, signals: StopSignals, back: Optional[RollBack]
+) -> tuple[Trainer, Optional[RollBack]]:
+    """Train from the start, a checkpoint, or where ``back`` leads; with why and how the run is to go on, if it is."""
     try:
-        trainer, store, resumed = _prepare(config, source, settings)
+        trainer, store, resumed = _prepare(config, source, settings, signals, back)
     except (ConfigError, CheckpointError):
         raise
     except ValueError as error:  # what a constructor refused
@@ -69,15 +104,25 @@ def train(config: Config, source: Config) -> Trainer:
     _open_folder(store, source, resumed, trainer.step)
     file_index.save()
     _announce(trainer, store.folder)
-    trainer.fit()
-    return trainer
+    try:
+        trainer.fit()
+    except RollBack as error:
+        logger.warning("%s: going back", error)
+        return trainer, error
+    return trainer, None
 
 
 def _prepare(
-    config: Config, source: Config, settings: GlobalSettings
+    config: Config, source: Config, settings: GlobalSettings, signals: StopSignals, back: Optional[RollBack]
 ) -> tuple[Trainer, CheckpointStore, Optional[Path]]:
     """The trainer, at the step where it is to begin, its checkpoints, and the prefix of the one it goes on from."""
-    precision = build.precision(config)
+    store = CheckpointStore(_folder(config, settings), settings.max_num_latest_checkpoint)
+    resumed = back.prefix or store.newest_intact() if back else start.resume_prefix(settings, store)
+    progress = {
+        **(checkpoint.run_states(resumed).get("progress") or {} if resumed else {}),
+        **(back.progress if back else {}),
+    }
+    precision = build.precision(config, progress.get("precision"))
     paddle.seed(settings.seed)
     method = build.model(config)
     loader = build.train_loader(config, settings.seed)
@@ -85,7 +130,6 @@ def _prepare(
     optimizer = build.optimizer(config, method)
     evaluators = build.evaluators(config, method) if settings.eval_during_train else []
     build.check_labels(method, loader.dataset, evaluators)
-    store = CheckpointStore(_folder(config, settings), settings.max_num_latest_checkpoint)
     description = {
         "config": to_yaml(source),
         "world_size": distributed.world_size(),
@@ -94,12 +138,12 @@ def _prepare(
     }
     hooks = _hooks(settings, line, method, evaluators, store, description)
     schedules = build.schedules(config, line)
-    resumed = start.resume_prefix(settings, store)
     states = None
     if resumed is None:
         start.load_start(settings, method)
     else:
-        states = start.resume(resumed, method, optimizer, start.identity_of(loader, line, settings.seed))
+        identity = start.identity_of(loader, line, settings.seed)
+        states = start.resume(resumed, method, optimizer, identity, precision)
         start.warn_of_changes(states, source)
     starts = distributed.gather_objects(states["step"] if states else 0)
     if len(set(starts)) > 1:
@@ -117,11 +161,14 @@ def _prepare(
         hooks=hooks,
         stop_step=settings.max_train_step,
         seed=settings.seed,
+        non_finite=settings.non_finite,
+        is_told_to_stop=lambda: signals.received is not None,
     )
+    trainer.progress = progress
     if states:
         precision.load_state_dict(states["scaler"])
         trainer.step = states["step"]
-        trainer.progress = dict(states["progress"])
+        trainer.last_checkpoint = resumed
     return trainer, store, resumed
 
 

@@ -10,6 +10,7 @@ import passl.evaluators
 import passl.models  # noqa: F401  (these imports fill the registries)
 from passl.config import Component, Required
 from passl.engine.early_stopping import EarlyStopping
+from passl.engine.non_finite import NonFinite
 from passl.engine.precision import DTYPES, LEVELS, GradScalerSettings
 from passl.registry import BACKBONES, DATASETS, EVALUATORS, METHODS, OPTIMIZERS, SCHEDULES, Registry
 
@@ -37,6 +38,7 @@ class GlobalSettings:
     eval_interval: Union[int, float, str] = 1
     eval_unit: Literal["epoch", "step"] = "epoch"  # of a bare number in eval_interval
     early_stopping: Optional[EarlyStopping] = None  # by k-NN of teacher and student
+    non_finite: NonFinite = NonFinite()  # noqa: RUF009 (frozen); what to do about an infinite loss or gradient
     diagnose_every: Optional[Union[int, float, str]] = "50it"  # the doctor's visits (docs/doctor.md); null: none
     print_batch_step: int = 10
     use_visualdl: bool = True

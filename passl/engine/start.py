@@ -9,11 +9,12 @@ from typing import Any, Optional
 
 from paddle import nn
 
-from passl import checkpoint, convert
+from passl import checkpoint, convert, distributed
 from passl.checkpoint import CheckpointError, CheckpointStore
 from passl.config import Config
 from passl.data.loader import Loader
 from passl.engine.optim import Optimizer
+from passl.engine.precision import Precision, in_full_precision
 from passl.engine.settings import GlobalSettings
 from passl.models.channels import inflate_state
 from passl.models.method import Method
@@ -54,7 +55,9 @@ def identity_of(loader: Loader, line: Timeline, seed: int) -> dict[str, float]:
     }
 
 
-def resume(prefix: Path, method: Method, optimizer: Optimizer, identity: Mapping[str, float]) -> dict[str, Any]:
+def resume(
+    prefix: Path, method: Method, optimizer: Optimizer, identity: Mapping[str, float], precision: Precision
+) -> dict[str, Any]:
     """Method and optimizer as they were saved under ``prefix``; returns the states saved with them."""
     states = {"pct": 1.0, **checkpoint.read_states(prefix)}  # passl once had no shares
     if states.get("converted"):
@@ -66,13 +69,29 @@ def resume(prefix: Path, method: Method, optimizer: Optimizer, identity: Mapping
         if states[key] != value:
             raise CheckpointError(
                 f"{prefix}: saved with {key} {states[key]}, this run has {value}: it would not be the same run. "
-                "Use the same data, share of it (pct), batch, processes and seed, or start anew with "
-                f"-o Global.pretrained_model={prefix} and -o Global.checkpoint=null"
+                f"{_remedy(states, identity)}, or start anew with -o Global.pretrained_model={prefix} and "
+                "-o Global.checkpoint=null"
             )
-    checkpoint.load_weights(method, checkpoint.read_weights(prefix), f"{prefix}{checkpoint.PARAMS}")
-    optimizer.load_state_dict(checkpoint.read(checkpoint.with_suffix(prefix, checkpoint.OPTIMIZER)))
+    weights = checkpoint.read_weights(prefix)
+    moments = checkpoint.read(checkpoint.with_suffix(prefix, checkpoint.OPTIMIZER))
+    if precision.level != "O2":
+        weights, moments = in_full_precision(weights, moments)
+    checkpoint.load_weights(method, weights, f"{prefix}{checkpoint.PARAMS}")
+    optimizer.load_state_dict(moments)
     logger.info("resuming %s at step %d (epoch %d)", prefix, states["step"], states["epoch"] + 1)
     return states
+
+
+def _remedy(states: Mapping[str, Any], identity: Mapping[str, float]) -> str:
+    """What to type. On other processes a run is the same, in the same order, while they share the same batches."""
+    processes, batch = distributed.world_size(), states["global_batch_size"]
+    is_only_shared_out = all(states[key] == identity[key] for key in ("pct", "length", "seed"))
+    if batch != identity["global_batch_size"] and batch % processes == 0 and is_only_shared_out:
+        return (
+            f"It took {batch} images per step on {states.get('world_size', 'other')} process(es): on {processes}, go "
+            f"on with -o DataLoader.Train.sampler.batch_size={batch // processes}"
+        )
+    return "Use the same data, share of it (pct), batch, processes and seed"
 
 
 def _at_epoch_start(prefix: Path, states: Mapping[str, Any], identity: Mapping[str, float]) -> dict[str, Any]:

@@ -262,6 +262,20 @@ def _variance_is_biased(device: str) -> bool:
     return variance.item() < 1.5
 
 
+def in_full_precision(layer: nn.Layer, x: Tensor) -> Tensor:
+    """`layer(x)` in the precision of the layer's weights, also where autocast would choose a lower one."""
+    with paddle.amp.auto_cast(enable=False):
+        return layer(x.astype(next(iter(layer.parameters()), x).dtype))
+
+
+_STATISTICS = ("_mean", "_variance")
+
+
 def learned_parameters(layer: nn.Layer) -> list[Tensor]:
     """All parameters, trainable or not, without the running statistics, which are parameters too in Paddle."""
-    return [p for name, p in layer.named_parameters() if name.rpartition(".")[2] not in ("_mean", "_variance")]
+    return [p for name, p in layer.named_parameters() if name.rpartition(".")[2] not in _STATISTICS]
+
+
+def running_statistics(layer: nn.Layer) -> list[Tensor]:
+    """What forward passes in training leave behind: statistics of batch norms."""
+    return [p for name, p in layer.named_parameters() if name.rpartition(".")[2] in _STATISTICS]

@@ -40,6 +40,9 @@ class Method(nn.Layer):
     def after_step(self) -> None:
         """Called after the optimizer's step."""
 
+    def after_skipped_step(self) -> None:
+        """Called instead of after_backward and after_step when the step is left out: forget what forward kept."""
+
     def observe(self) -> None:
         """Asks to keep, detached, what the coming forward call computes, for :meth:`diagnostics`."""
 

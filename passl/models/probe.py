@@ -8,7 +8,7 @@ import paddle
 import paddle.nn.functional as F
 from paddle import Tensor, nn
 
-from passl.models.layers import ZERO, check_positive
+from passl.models.layers import ZERO, check_positive, in_full_precision
 from passl.models.method import Method
 from passl.registry import METHODS
 
@@ -72,7 +72,8 @@ class LinearProbe(Method):
         label = batch["label"]
         self._check_labels(label)
         logits = self.predict(batch["image"])
-        loss = F.cross_entropy(logits, label)
+        with paddle.amp.auto_cast(enable=False):
+            loss = F.cross_entropy(logits, label)
         hits = paddle.topk(logits, min(5, self.num_classes))[1] == label.unsqueeze(-1)
         percent = hits.astype("float32").sum(0) * (100.0 / label.shape[0])  # by rank
         outputs = {"top1": percent[0], "metric": percent[0]}
@@ -94,7 +95,10 @@ class LinearProbe(Method):
 
     def predict(self, images: Tensor) -> Tensor:
         """[B, C, H, W] -> logits [B, num_classes]"""
-        return self.linear(self.features(images))
+        return in_full_precision(self.linear, self.features(images))
+
+    def half_precision_layers(self) -> list[nn.Layer]:
+        return [self.backbone]
 
     @paddle.no_grad()
     def features(self, images: Tensor) -> Tensor:

@@ -26,11 +26,23 @@ def folder(tmp_path_factory):
     return folder
 
 
-def launch(folder, program, *arguments, processes=2):
+def launch_command(folder, program, *arguments, processes):
     command = [sys.executable, "-m", "paddle.distributed.launch", "--nproc_per_node", str(processes)]
     command += ["--log_dir", str(folder / "launch"), str(program), *map(str, arguments)]
     environment = {name: value for name, value in tiny.process_environment().items() if not name.startswith("PADDLE_")}
+    return command, environment
+
+
+def launch(folder, program, *arguments, processes=2):
+    command, environment = launch_command(folder, program, *arguments, processes=processes)
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def start(folder, program, *arguments, processes=2):
+    """The launched job, while it runs."""
+    command, environment = launch_command(folder, program, *arguments, processes=processes)
+    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    return subprocess.Popen(command, cwd=folder, env=environment, text=True, **pipe)
 
 
 def options(**values):

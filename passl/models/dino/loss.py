@@ -52,6 +52,11 @@ class DINOLoss(nn.Layer):
         self._teacher_sum = total if self._teacher_sum is None else self._teacher_sum + total
         self._teacher_rows += teacher_logits.shape[0]
 
+    def forget(self) -> None:
+        """The teacher's logits since the last update do not count."""
+        self._teacher_sum = None
+        self._teacher_rows = 0
+
     @paddle.no_grad()
     def update_center(self) -> None:
         """Moves the centre towards the mean of all teacher logits since the last call, over all processes."""
@@ -61,8 +66,7 @@ class DINOLoss(nn.Layer):
         total = all_reduce_sum_(paddle.concat([self._teacher_sum, rows]))
         mean = total[:-1] / total[-1]
         self.center.set_value(self.center * self.center_momentum + mean * (1.0 - self.center_momentum))
-        self._teacher_sum = None
-        self._teacher_rows = 0
+        self.forget()
 
 
 def _num_views(student_rows: int, teacher_rows: int) -> int:

@@ -11,7 +11,7 @@ from paddle import Tensor, nn
 
 from passl.models.dino.loss import DINOLoss
 from passl.models.dino.observation import Observation
-from passl.models.layers import learned_parameters
+from passl.models.layers import in_full_precision, learned_parameters
 from passl.models.method import Method
 from passl.registry import METHODS
 
@@ -26,8 +26,9 @@ class MultiCropNetwork(nn.Layer):
 
     def forward(self, crops: Sequence[Tensor]) -> Tensor:
         features = [self.backbone(batch) for batch in merge_equal_sizes(crops)]
-        # One call for all crops, so that batch norms in the head see them together.
-        return self.head(_concat(features))
+        # One call for all crops, so that batch norms in the head see them together. In full precision: at half of it
+        # the logits of many prototypes overflow, or differ by less than what is left of them.
+        return in_full_precision(self.head, _concat(features))
 
 
 def merge_equal_sizes(crops: Sequence[Tensor]) -> list[Tensor]:
@@ -89,8 +90,8 @@ class DINO(Method):
         return {"teacher": self.teacher.backbone, "student": self.student.backbone}
 
     def half_precision_layers(self) -> list[nn.Layer]:
-        """Not the teacher: its small moves would be rounded away."""
-        return [self.student]
+        """Not the teacher, whose small moves would be rounded away, and no head."""
+        return [self.student.backbone]
 
     def forward(self, batch: dict[str, Tensor], teacher_temp: float) -> dict[str, Tensor]:
         """batch: "global_crops" [2*B, C, H, W] and, if there are any, "local_crops" [n*B, C, h, w], view by view."""
@@ -126,6 +127,9 @@ class DINO(Method):
                 # No gradient, not a zero one: the optimizer must not decay, nor count the step. The argument is
                 # set_to_zero, but Paddle ignores it as a keyword.
                 parameter.clear_gradient(False)
+
+    def after_skipped_step(self) -> None:
+        self.dino_loss.forget()
 
     @paddle.no_grad()
     def after_step(self, teacher_momentum: float) -> None:

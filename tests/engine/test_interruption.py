@@ -1,0 +1,155 @@
+"""A run that is told to stop saves at the next step, says so by its exit code, and is resumed to the last bit."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+
+import pytest
+
+from passl import checkpoint
+from passl.engine.interruption import StopSignals
+from passl.log import read_metrics
+from tests.engine import tiny
+from tests.engine.test_distributed import TOOL, start
+
+INTERRUPTED = 75
+SIGNALLED_AT = """
+import os, signal
+from passl.engine.hooks import LogHook
+after_step = LogHook.after_step
+def tell(self, trainer):
+    after_step(self, trainer)
+    if trainer.step == {step}:
+        for _ in range({times}):
+            os.kill(os.getpid(), signal.{signal})
+LogHook.after_step = tell
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("interruption")
+    tiny.write_images(folder)
+    tiny.write_config(folder, tiny.PRETRAIN, "pretrain.yaml")
+    return folder
+
+
+def train(folder, out, *more, told="", workers=0):
+    options = tiny.overrides(Global__output_dir=folder / out, DataLoader__Train__loader__num_workers=workers)
+    return tiny.run(told + tiny.TRAIN, "-c", folder / "pretrain.yaml", *options, *more)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(folder):
+    done = train(folder, "whole")
+    assert done.returncode == 0, done.stderr
+    return folder / "whole/DINO/latest"
+
+
+@pytest.mark.parametrize(("name", "times", "workers"), [("SIGTERM", 3, 2), ("SIGINT", 1, 0)])
+@pytest.mark.smoke
+def test_a_signal_saves_at_the_next_step(folder, uninterrupted, name, times, workers):
+    told = SIGNALLED_AT.format(step=4, times=times, signal=name)  # checkpoints are due at even steps
+    stopped = train(folder, name, told=told, workers=workers)
+    assert stopped.returncode == INTERRUPTED, stopped.stderr
+    assert "told to stop after step 5" in stopped.stderr
+    assert "Global.checkpoint=auto" in stopped.stderr
+    assert "Traceback" not in stopped.stderr
+    assert checkpoint.read_states(folder / name / "DINO/latest")["step"] == 5
+    resumed = train(folder, name, "-o", "Global.checkpoint=auto", workers=workers)
+    assert resumed.returncode == 0, resumed.stderr
+    tiny.assert_same_checkpoint(uninterrupted, folder / name / "DINO/latest")
+
+
+def test_a_second_ctrl_c_does_not_wait(folder):
+    killed = train(folder, "twice", told=SIGNALLED_AT.format(step=4, times=2, signal="SIGINT"))
+    assert killed.returncode not in (0, INTERRUPTED)
+    assert "KeyboardInterrupt" in killed.stderr
+
+
+def test_signals_keep_their_meaning_outside_of_a_run():
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    with StopSignals() as signals:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert signals.received == signal.SIGTERM
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
+
+
+def test_an_evaluation_that_was_due_is_made_up_for(folder):
+    """The first save is what counts when there are seconds left; the measurement comes with the next start."""
+    tiny.write_config(folder, tiny.PROBE, "probe.yaml")
+    command = ["-c", folder / "probe.yaml"]
+    whole = tiny.run(tiny.TRAIN, *command, *tiny.overrides(Global__output_dir=folder / "probe_whole"))
+    assert whole.returncode == 0, whole.stderr
+    options = tiny.overrides(Global__output_dir=folder / "probe_told")
+    for step in (2, 5):  # evaluation is due after the steps 3 and 6, the last one
+        told = SIGNALLED_AT.format(step=step, times=1, signal="SIGTERM")
+        stopped = tiny.run(told + tiny.TRAIN, *command, *options, "-o", "Global.checkpoint=auto")
+        assert stopped.returncode == INTERRUPTED, stopped.stderr
+        assert "[Eval]" not in stopped.stderr.split(f"[Iter: {step % 3}/3]")[-1]
+    resumed = tiny.run(tiny.TRAIN, *command, *options, "-o", "Global.checkpoint=auto")
+    assert resumed.returncode == 0, resumed.stderr
+    for name in ("latest", "best"):
+        tiny.assert_same_checkpoint(folder / "probe_whole/LinearProbe" / name, folder / "probe_told/LinearProbe" / name)
+    rows = [
+        [
+            (row["step"], row["top1"])
+            for row in read_metrics(folder / out / "LinearProbe/metrics.jsonl")
+            if row["phase"] == "eval"
+        ]
+        for out in ("probe_whole", "probe_told")
+    ]
+    assert rows[0] == rows[1]
+    assert len(rows[0]) == 2
+
+
+def two_processes(folder, out, *more):
+    options = tiny.overrides(
+        Global__output_dir=folder / out, Global__epochs=400, Global__max_train_step=400, Global__save_interval="400it",
+        Global__checkpoint="auto", DataLoader__Train__sampler__batch_size=2,
+    )  # fmt: skip
+    return start(folder, TOOL, "-c", folder / "pretrain.yaml", *options, *more)
+
+
+def wait_for_step(run, step, job):
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and job.poll() is None:
+        if any(row["step"] >= step for row in read_metrics(run / "metrics.jsonl")):
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"no step {step}: {job.communicate()[0]}")
+
+
+@pytest.mark.parametrize("end", ["terminate", "kill"])
+def test_all_processes_stop_together_with_their_launcher(folder, end):
+    """Told to end it tells them; killed it cannot, and the system does."""
+    run = folder / f"launched_{end}/DINO"
+    job = two_processes(folder, f"launched_{end}")
+    wait_for_step(run, 3, job)
+    getattr(job, end)()
+    job.communicate(timeout=60)
+    deadline = time.monotonic() + 30
+    while (run.with_name("DINO.lock")).exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    states = checkpoint.read_states(run / "latest")
+    assert 3 <= states["step"] < 400, "saved although no checkpoint was due"
+    assert not run.with_name("DINO.lock").exists()
+    assert "told to stop after step" in "".join(
+        path.read_text(errors="replace") for path in (folder / "launch").rglob("workerlog.0")
+    )
+
+
+def test_one_killed_process_ends_the_job(folder):
+    """It cannot save; the others end, and the last checkpoint is whole."""
+    run = folder / "one_killed/DINO"
+    job = two_processes(folder, "one_killed", "-o", "Global.save_interval=2it")
+    wait_for_step(run, 4, job)
+    listing = subprocess.run(["ps", "-o", "pid=", "--ppid", str(job.pid)], capture_output=True, text=True, check=True)
+    os.kill(int(listing.stdout.split()[-1]), signal.SIGKILL)
+    output = job.communicate(timeout=60)[0]
+    assert job.returncode != 0, output
+    assert checkpoint.read_states(run / "latest")["step"] >= 2
