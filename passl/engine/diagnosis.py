@@ -16,8 +16,10 @@ from paddle import nn
 from passl import distributed
 from passl.data.image_io import UnreadableImageError
 from passl.data.samples import ImageSamples, Samples
-from passl.doctor.runs import History, settings_of
-from passl.doctor.verdict import HEALTHY, Diagnosis, diagnose
+from passl.doctor.finding import HEALTHY, UNSTABLE, Finding
+from passl.doctor.reading import PHASE
+from passl.doctor.runs import Run, flattened, out_dim_of
+from passl.doctor.verdict import diagnose
 from passl.engine.hooks import LogHook
 from passl.engine.trainer import Trainer
 from passl.log import read_metrics
@@ -25,10 +27,10 @@ from passl.yaml_io import parse
 
 logger = logging.getLogger("passl")
 
-PHASE = "doctor"
 _PIXELS = 1024  # of a sample, in its fingerprint
 _MEMORY = 4096  # fingerprints of earlier samples
 _SLICE = 4096  # elements of a weight whose change is measured
+_PLACES = 2000  # of the schedule of the learning rate, in search of its top
 _IMAGES = 8  # of the data set, compared once
 
 
@@ -45,11 +47,12 @@ class DiagnosisHook:
     def __init__(self, log: LogHook, interval: int, config: str) -> None:
         self.log = log
         self.interval = interval
-        self.settings = settings_of(parse(config, "config.yaml"))
-        self.history = History(self.settings)
-        self.diagnosis = Diagnosis()
+        settings = flattened(parse(config, "config.yaml"))
+        self.run = Run(settings=settings, out_dim=out_dim_of(settings))
+        self.finding = Finding(HEALTHY)
         self._losses: list[paddle.Tensor] = []
         self._waited = self._seconds = 0.0
+        self._highest_lr = 0.0
         self._batch = BatchWatch()
         self._weights: Optional[WeightWatch] = None
         self._distinct_images: Optional[float] = None
@@ -58,8 +61,12 @@ class DiagnosisHook:
         if trainer.step and distributed.is_main():
             for row in read_metrics(self.log.folder / "metrics.jsonl"):
                 if row.get("phase") == PHASE and row["step"] <= trainer.step:
-                    self.history.add(row)
-            self.diagnosis = diagnose(self.history)
+                    self.run.add(row)
+            if self.run.visits:
+                self.finding = diagnose(self.run)
+        total = trainer.timeline.total_steps
+        places = np.unique(np.linspace(0, total - 1, min(total, _PLACES)).astype(np.int64))
+        self._highest_lr = max(trainer.schedules["lr"](int(step)) for step in places)
         self._prepare(trainer)
 
     def after_step(self, trainer: Trainer) -> None:
@@ -97,20 +104,20 @@ class DiagnosisHook:
         if self._distinct_images is None:
             # Only now: a worker process that is started later would share the files that are opened here.
             self._distinct_images = distinct_images(trainer.loader.dataset)
-        row = {"epoch": trainer.epoch + 1, **numbers, "distinct_images": self._distinct_images}
-        self.history.add({"step": trainer.step, **trainer.values, **row})
-        before, self.diagnosis = self.diagnosis, diagnose(self.history)
-        row["verdict"] = self.diagnosis.verdict
-        if self.diagnosis.verdict != before.verdict:
-            row.update(evidence=self.diagnosis.evidence, advice=self.diagnosis.advice)
+        row = {"epoch": trainer.epoch + 1, **trainer.values, **numbers, "distinct_images": self._distinct_images}
+        self.run.add({"step": trainer.step, **row})
+        before, self.finding = self.finding, diagnose(self.run)
+        row["verdict"] = self.finding.verdict
+        if self.finding.verdict != before.verdict:
+            row.update(evidence=self.finding.evidence, advice=self.finding.advice)
             self._tell(trainer)
         self.log.record(trainer.step, row, PHASE)
 
     def _tell(self, trainer: Trainer) -> None:
-        if self.diagnosis.verdict == HEALTHY:
+        if self.finding.verdict == HEALTHY:
             logger.info("[Doctor] step %d: the run is healthy again", trainer.step)
         else:
-            logger.warning("[Doctor] step %d: %s", trainer.step, self.diagnosis.text())
+            logger.warning("[Doctor] step %d: %s", trainer.step, self.finding.text())
 
     def _run_numbers(self, trainer: Trainer) -> dict[str, float]:
         """Loss and waiting since the last visit, over all processes."""
@@ -121,11 +128,21 @@ class DiagnosisHook:
         waits = distributed.all_gather(paddle.to_tensor([share], "float32")).numpy()
         self._losses, self._waited, self._seconds = [], 0.0, 0.0
         return {
+            "progress": trainer.step / trainer.timeline.total_steps,
+            "lr_share": trainer.values["lr"] / self._highest_lr if self._highest_lr else 0.0,
             "loss": float(losses.mean()),
             "loss_min": float(losses.min()),
             "loss_max": float(losses.max()),
             "data_wait": float(waits.max()),
         }
+
+
+def record_failure(trainer: Trainer, error: Exception) -> None:
+    """Has the doctor write down that a number that is not finite ended the run."""
+    for hook in trainer.hooks:
+        if isinstance(hook, DiagnosisHook):
+            row = {"epoch": trainer.epoch + 1, "verdict": UNSTABLE, "failure": str(error)}
+            hook.log.record(trainer.step, row, PHASE)
 
 
 class BatchWatch:

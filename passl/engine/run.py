@@ -16,12 +16,13 @@ from passl.checkpoint import CheckpointError, CheckpointStore
 from passl.config import Config, ConfigError, check, to_yaml
 from passl.data import file_index
 from passl.engine import build, data_section, start
-from passl.engine.diagnosis import DiagnosisHook
+from passl.engine.diagnosis import DiagnosisHook, record_failure
 from passl.engine.early_stopping import deciding_evaluator
 from passl.engine.evaluation import EarlyStoppingHook, EvaluationHook, Measuring
 from passl.engine.folder_lock import FolderInUseError, FolderLock
 from passl.engine.hooks import CheckpointHook, LogHook
 from passl.engine.interruption import Interrupted, StopSignals
+from passl.engine.non_finite import NonFiniteLossError
 from passl.engine.passl_config import translate
 from passl.engine.plugins import load_plugins
 from passl.engine.roll_back import RollBack
@@ -109,6 +110,9 @@ def _attempt(
     except RollBack as error:
         logger.warning("%s: going back", error)
         return trainer, error
+    except NonFiniteLossError as error:
+        record_failure(trainer, error)
+        raise
     return trainer, None
 
 

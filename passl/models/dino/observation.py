@@ -77,7 +77,12 @@ class Observation:
         swapped_entropies = paddle.concat([entropies[half:], entropies[:half]])
         divergences = _logsumexp(student)[0] - sum_columns(swapped * student) - swapped_entropies
         choices = np.bincount(teacher.argmax(-1).numpy(), minlength=out_dim)
-        sums = [sum_rows(probabilities), paddle.to_tensor(choices, dtype), entropies.sum().reshape([1]), divergences.sum().reshape([1])]
+        sums = [
+            sum_rows(probabilities),
+            paddle.to_tensor(choices, dtype),
+            entropies.sum().reshape([1]),
+            divergences.sum().reshape([1]),
+        ]
         total = distributed.all_reduce_sum_(paddle.concat([*sums, paddle.full([1], float(rows), dtype)])).numpy()
         total = total.astype(np.float64)
         count = total[-1]
