@@ -63,9 +63,8 @@ def one_hot(run: Run) -> Optional[Finding]:
     rows = _trailing(run.curve, lambda row: row["loss"] <= _ZERO)
     if len(rows) < 2 or not (_is_long(run, rows) or rows[-1]["loss"] < _ZERO / 10):
         return None
-    evidence = (
-        f"the loss is {rows[-1]['loss']:.4f} since {_place(run, rows[0])}: all images get one and the same prototype"
-    )
+    since = f"since {_place(run, rows[0])} the loss is near 0, now {rows[-1]['loss']:.4f}"
+    evidence = f"{since}: all images get the same prototype"
     return Finding(ONE_HOT, (evidence,), tuple(advice.against_one_hot(run)))
 
 
@@ -82,9 +81,7 @@ def jumps(run: Run) -> Optional[Finding]:
     is_up = losses[-1] > max(2 * min(losses), losses[0] * 1.2)
     if len(leaps) < 2 and not (leaps and is_up):
         return None
-    evidence = [
-        f"{_place(run, row)}: the loss rises from {before:.3f} to {row['loss']:.3f}" for before, row in leaps[:3]
-    ]
+    evidence = [f"{_place(run, row)}: loss from {before:.3f} to {row['loss']:.3f}" for before, row in leaps[:3]]
     return Finding(UNSTABLE, tuple(evidence), tuple(advice.against_instability(run)))
 
 
@@ -125,9 +122,8 @@ def _is_long(run: Run, rows: Sequence[Row]) -> bool:
 def _falls(rows: Sequence[Row]) -> bool:
     """Whether each third of the rows lies lower than the one before: a passage, not a plateau."""
     third = len(rows) // 3
-    levels = [
-        statistics.mean(row["loss"] for row in part) for part in (rows[:third], rows[third:-third], rows[-third:])
-    ]
+    parts = (rows[:third], rows[third:-third], rows[-third:])
+    levels = [statistics.mean(row["loss"] for row in part) for part in parts]
     return levels[0] - levels[2] > 0.004 and levels[0] > levels[1] > levels[2]
 
 

@@ -38,9 +38,7 @@ VISIT_PANELS = (
         with_uniform=True,
         meaning="the two lines must stay apart: both at ln(out_dim) is uniform collapse, both at 0 one-hot",
     ),
-    Panel(
-        "student-teacher KL, nats", {"student_teacher_kl": "KL"}, meaning="0: nothing left to learn from the teacher"
-    ),
+    Panel("student-teacher KL, nats", {"student_teacher_kl": "KL"}, meaning="0: nothing left to learn"),
     Panel("prototypes in use", {"prototypes_in_use": "prototypes"}, meaning="first choices in a batch; 1: one-hot"),
     Panel("norm of the centre", {"center_norm": "norm"}, meaning="0 after the first steps: centring is off"),
     Panel(
@@ -124,7 +122,11 @@ def _draw_panel(axes: Any, panel: Panel, run: Run) -> None:
         places, numbers = _points(rows, key)
         if places:
             marker = "o" if len(places) < 60 else None
-            axes.plot(places, numbers, color=colour, label=label, marker=marker, ms=2.5, lw=1.3)
+            if panel.is_log:
+                numbers = [number if number > 0 else math.nan for number in numbers]
+            # A sum may lie on its largest part.
+            width = 3.5 if shown == 0 and len(panel.keys) > 2 else 1.3
+            axes.plot(places, numbers, color=colour, label=label, marker=marker, ms=2.5, lw=width)
             highest = max([highest, *(number for number in numbers if number > 0)])
             shown += 1
     if panel.with_uniform and math.isfinite(run.uniform):
@@ -150,7 +152,8 @@ _PAGE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}: {verdict}</title><style>
 body {{ font: 15px/1.5 sans-serif; max-width: 1400px; margin: 2em auto; padding: 0 1em; color: #222; }}
 h1 {{ font-size: 1.4em; }} h1 b {{ color: {colour}; }} img {{ max-width: 100%; }}
-td, th {{ padding: .15em 1.2em .15em 0; text-align: left; vertical-align: top; }} th {{ border-bottom: 1px solid #999; }}
+td, th {{ padding: .15em 1.2em .15em 0; text-align: left; vertical-align: top; }}
+th {{ border-bottom: 1px solid #999; }}
 </style></head><body>
 <h1>{title}: <b>{verdict}</b></h1>
 {evidence}{advice}

@@ -1,4 +1,4 @@
-"""The verdict on a run: pure functions of what it recorded, so that it is the same during the training and afterwards."""
+"""The verdict on a run: a pure function of what it recorded, the same during the training and afterwards."""
 
 from __future__ import annotations
 

@@ -80,8 +80,7 @@ def idle(run: Run) -> Optional[Finding]:
 def out_of_control(run: Run) -> Optional[Finding]:
     """The weights leap, and the answers are worth little: nothing that they held is left."""
     evidence = _explosion(run)
-    little = not run.has_entropies or _information(run.visits[-1]) <= _LITTLE_INFORMATION * run.uniform
-    if little:
+    if not run.has_entropies or _mean_information(run.visits[-3:]) <= _LITTLE_INFORMATION * run.uniform:
         evidence += _leaps(run)
     if not evidence:
         return None
@@ -201,9 +200,8 @@ def _patience(run: Run) -> float:
 
 def _awakes(rows: Sequence[Row]) -> bool:
     """Whether the answers tell more and more about their images."""
-    told = [_information(row) for row in rows]
-    half = len(told) // 2
-    return statistics.mean(told[half:]) > 1.3 * statistics.mean(told[:half])
+    half = len(rows) // 2
+    return _mean_information(rows[half:]) > 1.3 * _mean_information(rows[:half])
 
 
 def same_answer(run: Run) -> Optional[Finding]:
@@ -222,9 +220,8 @@ def data_bound(run: Run) -> Optional[Finding]:
     waits = values([row for row in run.visits if row["step"] > 1][-5:], "data_wait")
     if len(waits) < 3 or statistics.median(waits) < _WAITING:
         return None
-    evidence = (
-        f"{statistics.median(waits):.0%} of the time passes waiting for data (median of the last {len(waits)} visits)"
-    )
+    share = f"{statistics.median(waits):.0%}"
+    evidence = f"{share} of the time passes waiting for data (median of the last {len(waits)} visits)"
     return Finding(DATA_BOUND, (evidence,), tuple(advice.against_waiting(run)))
 
 
@@ -235,6 +232,10 @@ RULES: tuple[Rule, ...] = (
 
 def _information(row: Row) -> float:
     return row["teacher_mean_entropy"] - row["teacher_entropy"]
+
+
+def _mean_information(rows: Sequence[Row]) -> float:
+    return statistics.mean(_information(row) for row in rows)
 
 
 def _entropies(run: Run, row: Row) -> str:

@@ -55,7 +55,12 @@ class DiagnosisHook:
         self._highest_lr = 0.0
         self._batch = BatchWatch()
         self._weights: Optional[WeightWatch] = None
-        self._distinct_images: Optional[float] = None
+        self.distinct_images: Optional[float] = None
+
+    @property
+    def is_due(self) -> bool:
+        """Whether the coming step is measured."""
+        return self._weights is not None
 
     def before_train(self, trainer: Trainer) -> None:
         if trainer.step and distributed.is_main():
@@ -74,7 +79,7 @@ class DiagnosisHook:
             self._losses.append(trainer.outputs["loss"])
         self._waited += trainer.reader_seconds
         self._seconds += trainer.batch_seconds
-        if self._weights is not None:
+        if self.is_due:
             if trainer.outputs:
                 self._visit(trainer)
             self._weights = None
@@ -101,10 +106,10 @@ class DiagnosisHook:
         }
         if not distributed.is_main():
             return
-        if self._distinct_images is None:
+        if self.distinct_images is None:
             # Only now: a worker process that is started later would share the files that are opened here.
-            self._distinct_images = distinct_images(trainer.loader.dataset)
-        row = {"epoch": trainer.epoch + 1, **trainer.values, **numbers, "distinct_images": self._distinct_images}
+            self.distinct_images = distinct_images(trainer.loader.dataset)
+        row = {"epoch": trainer.epoch + 1, **trainer.values, **numbers, "distinct_images": self.distinct_images}
         self.run.add({"step": trainer.step, **row})
         before, self.finding = self.finding, diagnose(self.run)
         row["verdict"] = self.finding.verdict

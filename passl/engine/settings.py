@@ -19,7 +19,8 @@ from passl.registry import BACKBONES, DATASETS, EVALUATORS, METHODS, OPTIMIZERS,
 class GlobalSettings:
     """The section ``Global``.
 
-    Durations (``save_interval``, ``eval_interval``, ``diagnose_every``) are "2ep", "500it", "5%", or a bare number of epochs.
+    Durations (``save_interval``, ``eval_interval``, ``diagnose_every``) are "2ep", "500it", "5%", or a
+    bare number of epochs.
     """
 
     output_dir: str = "./output"
