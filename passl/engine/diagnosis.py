@@ -35,8 +35,11 @@ _IMAGES = 8  # of the data set, compared once
 
 
 class DiagnosisHook:
-    """Measures the first step, every ``interval``-th and the last, writes the numbers to metrics.jsonl and VisualDL,
-    and warns in the log when the verdict changes. Numbers: see docs/doctor.md.
+    """Measures every ``interval``-th step and the last, writes the numbers to metrics.jsonl and VisualDL, and warns in
+    the log when the verdict changes. Numbers: see docs/doctor.md.
+
+    The first step is measured too, as what the others are compared with; it is written with the first of them, so that
+    a run of fewer steps than ``interval`` has no rows.
 
     Args:
         log: where rows are written.
@@ -50,6 +53,9 @@ class DiagnosisHook:
         settings = flattened(parse(config, "config.yaml"))
         self.run = Run(settings=settings, out_dim=out_dim_of(settings))
         self.finding = Finding(HEALTHY)
+        self._is_begun = False  # whether there is a visit to compare with
+        self._is_written = False  # whether it was written
+        self._held: list[tuple[int, dict[str, Any]]] = []
         self._losses: list[paddle.Tensor] = []
         self._waited = self._seconds = 0.0
         self._highest_lr = 0.0
@@ -69,6 +75,7 @@ class DiagnosisHook:
                     self.run.add(row)
             if self.run.visits:
                 self.finding = diagnose(self.run)
+        self._is_begun = self._is_written = distributed.broadcast_object(bool(self.run.visits))
         total = trainer.timeline.total_steps
         places = np.unique(np.linspace(0, total - 1, min(total, _PLACES)).astype(np.int64))
         self._highest_lr = max(trainer.schedules["lr"](int(step)) for step in places)
@@ -80,8 +87,9 @@ class DiagnosisHook:
         self._waited += trainer.reader_seconds
         self._seconds += trainer.batch_seconds
         if self.is_due:
+            numbers = {**trainer.method.diagnostics(), **self._batch.numbers()}  # forgets what it kept, in any case
             if trainer.outputs:
-                self._visit(trainer)
+                self._visit(trainer, numbers)
             self._weights = None
         self._prepare(trainer)
 
@@ -90,33 +98,43 @@ class DiagnosisHook:
 
     def _prepare(self, trainer: Trainer) -> None:
         """Has the coming step observed, if it is due."""
-        coming = trainer.step + 1
-        if coming == 1 or coming % self.interval == 0 or coming == trainer.stop_step:
+        if not self._is_begun or self._is_regular(trainer, trainer.step + 1):
             trainer.method.observe()
             self._batch.watch(trainer.method)
             self._weights = WeightWatch(trainer.optimizer.parameters)
 
-    def _visit(self, trainer: Trainer) -> None:
-        numbers = {
-            **self._run_numbers(trainer),
-            **trainer.method.diagnostics(),
-            **gradient_norms(trainer),
-            **self._weights.numbers(),
-            **self._batch.numbers(),
-        }
+    def _is_regular(self, trainer: Trainer, step: int) -> bool:
+        return step % self.interval == 0 or (step == trainer.stop_step and self._is_written)
+
+    def _visit(self, trainer: Trainer, numbers: dict[str, float]) -> None:
+        run_numbers = self._run_numbers(trainer)
+        numbers = {**run_numbers, **numbers, **gradient_norms(trainer), **self._weights.numbers()}
+        numbers = {name: value for name, value in numbers.items() if math.isfinite(value)}
+        is_written = self._is_regular(trainer, trainer.step)
+        self._is_begun, self._is_written = True, self._is_written or is_written
         if not distributed.is_main():
             return
         if self.distinct_images is None:
             # Only now: a worker process that is started later would share the files that are opened here.
             self.distinct_images = distinct_images(trainer.loader.dataset)
-        row = {"epoch": trainer.epoch + 1, **trainer.values, **numbers, "distinct_images": self.distinct_images}
+        if math.isfinite(self.distinct_images):
+            numbers["distinct_images"] = self.distinct_images
+        row = {"epoch": trainer.epoch + 1, **trainer.values, **numbers}
         self.run.add({"step": trainer.step, **row})
         before, self.finding = self.finding, diagnose(self.run)
         row["verdict"] = self.finding.verdict
         if self.finding.verdict != before.verdict:
             row.update(evidence=self.finding.evidence, advice=self.finding.advice)
             self._tell(trainer)
-        self.log.record(trainer.step, row, PHASE)
+        self._held.append((trainer.step, row))
+        if is_written:
+            self.write()
+
+    def write(self) -> None:
+        """Write what was measured and not written yet."""
+        for step, row in self._held:
+            self.log.record(step, row, PHASE)
+        self._held.clear()
 
     def _tell(self, trainer: Trainer) -> None:
         if self.finding.verdict == HEALTHY:
@@ -146,6 +164,7 @@ def record_failure(trainer: Trainer, error: Exception) -> None:
     """Has the doctor write down that a number that is not finite ended the run."""
     for hook in trainer.hooks:
         if isinstance(hook, DiagnosisHook):
+            hook.write()
             row = {"epoch": trainer.epoch + 1, "verdict": UNSTABLE, "failure": str(error)}
             hook.log.record(trainer.step, row, PHASE)
 

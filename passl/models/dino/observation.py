@@ -110,8 +110,12 @@ class Observation:
 
 
 def effective_rank(features: np.ndarray) -> float:
-    """exp of the entropy of the singular values of [n, D], scaled to sum 1 (Roy & Vetterli 2007): 1 to min(n, D)."""
+    """exp of the entropy of the singular values of [n, D], scaled to sum 1 (Roy & Vetterli 2007): 1 to min(n, D), NaN
+    where one is not finite.
+    """
     matrix = features.astype(np.float64)
+    if not np.isfinite(matrix).all():
+        return math.nan
     gram = matrix @ matrix.T if matrix.shape[0] <= matrix.shape[1] else matrix.T @ matrix
     values = np.sqrt(np.clip(np.linalg.eigvalsh(gram), 0.0, None))
     total = values.sum()
