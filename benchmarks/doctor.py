@@ -89,7 +89,7 @@ def main() -> int:
     parser.add_argument("--batch-size", type=int, default=4, help="images (default: 4)")
     parser.add_argument("--local-views", type=int, default=8, help="(default: 8)")
     parser.add_argument("--out-dim", type=int, default=65536, help="prototypes (default: 65536)")
-    parser.add_argument("--interval", type=int, default=50, help="Global.diagnose_every (default: its default, 50)")
+    parser.add_argument("--interval", type=int, default=25, help="Global.diagnose_every (default: its default, 25)")
     parser.add_argument("--tiny", action="store_true", help="a ViT of two blocks and 32-pixel views: the worst case")
     arguments = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"

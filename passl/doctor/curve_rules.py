@@ -15,6 +15,7 @@ MIN_EPOCHS = 3  # of a plateau
 _MIN_STEPS = 200
 _MIN_ROWS = 3
 _NEAR, _NEAR_GUESSED = 0.02, 0.01  # nats from ln K, with K known and not
+_SHARE_OF_HIGHEST = 0.7  # no loss of a run without learning lies far above ln K
 _ZERO = 0.05  # nats
 _FLAT = 0.002  # spread of a loss that stands still, as a share of it
 _JUMP = 1.5
@@ -42,6 +43,8 @@ def uniform(run: Run) -> Optional[Finding]:
     if not _is_long(run, rows) or _falls(rows):
         return None
     level = statistics.mean(row["loss"] for row in rows)
+    if not run.out_dim and level < _SHARE_OF_HIGHEST * max(row["loss"] for row in run.curve):
+        return None  # a run that came down this far has learned
     evidence = [
         f"the loss stays at {level:.4f} from {_place(run, rows[0])} to {_place(run, rows[-1])}: "
         f"ln {out_dim} is {math.log(out_dim):.4f}, the loss of a uniform answer of {out_dim} prototypes"
@@ -53,8 +56,8 @@ def uniform(run: Run) -> Optional[Finding]:
 
 def plausible_out_dims() -> list[int]:
     """Numbers of prototypes that people use: powers of two, and round numbers."""
-    powers = [2**power for power in range(6, 19)]
-    return sorted({*powers, *range(100, 1000, 100), *range(1000, 10000, 1000), *range(10000, 100001, 10000)})
+    powers = [2**power for power in range(8, 19)]
+    return sorted({*powers, *range(1000, 10000, 1000), *range(10000, 100001, 10000)})
 
 
 def one_hot(run: Run) -> Optional[Finding]:

@@ -16,7 +16,7 @@ def diagnose(run: Run) -> Finding:
         if finding is not None:
             return finding
     # The loss alone says less: where the teacher's entropies are known, they decide.
-    if not run.has_entropies:
+    if run.curve and not run.has_entropies:
         for rule in curve_rules.RULES:
             finding = rule(run)
             if finding is not None:

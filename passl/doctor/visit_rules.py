@@ -80,7 +80,9 @@ def idle(run: Run) -> Optional[Finding]:
 def out_of_control(run: Run) -> Optional[Finding]:
     """The weights leap, and the answers are worth little: nothing that they held is left."""
     evidence = _explosion(run)
-    if not run.has_entropies or _mean_information(run.visits[-3:]) <= _LITTLE_INFORMATION * run.uniform:
+    # The first step's centre is 0, and its answers differ all the same. A probe's weights may well leap.
+    later = [row for row in run.visits if row["step"] > 1][-3:]
+    if run.has_entropies and later and _mean_information(later) <= _LITTLE_INFORMATION * run.uniform:
         evidence += _leaps(run)
     if not evidence:
         return None
@@ -118,6 +120,8 @@ def _explosion(run: Run) -> list[str]:
     recent = values(run.visits[-3:], "loss_max")
     if run.has_entropies:
         limit = 3 * run.uniform
+        if not recent:
+            return []
         return [f"the loss rose to {max(recent):.3g}, {limit:.3g} is 3 ln(out_dim)"] if max(recent) > limit else []
     first, means = run.visits[0].get("loss"), values(run.visits[-3:], "loss")
     if first and len(run.visits) > 3 and min(means) > 3 * first > 0:

@@ -6,7 +6,7 @@ import hashlib
 import logging
 import math
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Optional
 
 import numpy as np
@@ -29,7 +29,7 @@ logger = logging.getLogger("passl")
 
 _PIXELS = 1024  # of a sample, in its fingerprint
 _MEMORY = 4096  # fingerprints of earlier samples
-_SLICE = 4096  # elements of a weight whose change is measured
+_MATRICES, _SLICE = 24, 4096  # weights whose change is measured, and elements of each
 _PLACES = 2000  # of the schedule of the learning rate, in search of its top
 _IMAGES = 8  # of the data set, compared once
 
@@ -56,6 +56,7 @@ class DiagnosisHook:
         self._is_begun = False  # whether there is a visit to compare with
         self._is_written = False  # whether it was written
         self._held: list[tuple[int, dict[str, Any]]] = []
+        self._parts: list[str] = []
         self._losses: list[paddle.Tensor] = []
         self._waited = self._seconds = 0.0
         self._highest_lr = 0.0
@@ -108,7 +109,7 @@ class DiagnosisHook:
 
     def _visit(self, trainer: Trainer, numbers: dict[str, float]) -> None:
         run_numbers = self._run_numbers(trainer)
-        numbers = {**run_numbers, **numbers, **gradient_norms(trainer), **self._weights.numbers()}
+        numbers = {**run_numbers, **numbers, **self._gradient_norms(trainer), **self._weights.numbers()}
         numbers = {name: value for name, value in numbers.items() if math.isfinite(value)}
         is_written = self._is_regular(trainer, trainer.step)
         self._is_begun, self._is_written = True, self._is_written or is_written
@@ -141,6 +142,12 @@ class DiagnosisHook:
             logger.info("[Doctor] step %d: the run is healthy again", trainer.step)
         else:
             logger.warning("[Doctor] step %d: %s", trainer.step, self.finding.text())
+
+    def _gradient_norms(self, trainer: Trainer) -> dict[str, float]:
+        if not self._parts:
+            names = {id(parameter): name for name, parameter in trainer.method.named_parameters()}
+            self._parts = [_part(names.get(id(parameter), "")) for parameter in trainer.optimizer.parameters]
+        return gradient_norms(self._parts, trainer.gradient_norms)
 
     def _run_numbers(self, trainer: Trainer) -> dict[str, float]:
         """Loss and waiting since the last visit, over all processes."""
@@ -210,43 +217,45 @@ class BatchWatch:
 
 
 class WeightWatch:
-    """How far one optimizer step moves the weights, measured on a slice of each matrix."""
+    """How far one optimizer step moves the weights, measured on slices of some matrices."""
 
-    def __init__(self, parameters: list[paddle.Tensor]) -> None:
-        self._parameters = [parameter for parameter in parameters if parameter.ndim > 1]
+    def __init__(self, parameters: Sequence[paddle.Tensor]) -> None:
+        matrices = [parameter for parameter in parameters if parameter.ndim > 1]
+        chosen = np.unique(np.linspace(0, len(matrices) - 1, min(_MATRICES, len(matrices))).astype(np.int64))
+        self._parameters = [matrices[place] for place in chosen]
         self._before = [_slice(parameter) for parameter in self._parameters]
 
     def numbers(self) -> dict[str, float]:
         """update_ratio: median over the matrices of |change| / |weight before|; those that did not move do not count.
-        weight_rms: their root mean square before the step, geometric mean over all.
+        weight_rms: median over the matrices of the root mean square before the step.
         """
         sizes = [np.sqrt(np.mean(before**2)) for before in self._before]
         moves = [np.sqrt(np.mean((_slice(p) - before) ** 2)) for p, before in zip(self._parameters, self._before)]
         ratios = [move / max(size, 1e-12) for size, move in zip(sizes, moves) if move > 0]
-        logs = np.log(np.maximum(sizes, 1e-12))
         return {
             "update_ratio": float(np.median(ratios)) if ratios else 0.0,
-            "weight_rms": float(np.exp(logs.mean())) if sizes else 0.0,
+            "weight_rms": float(np.median(sizes)) if sizes else 0.0,
         }
 
 
 def _slice(parameter: paddle.Tensor) -> np.ndarray:
-    rows = max(1, _SLICE // max(parameter.size // parameter.shape[0], 1))
-    return parameter.detach()[:rows].astype("float32").numpy().astype(np.float64)
+    rows, columns = parameter.shape[0], math.prod(parameter.shape[1:])
+    kept = max(1, _SLICE // max(columns, 1))
+    part = parameter.detach()
+    return (part if kept >= rows else part[:kept]).astype("float32").numpy().astype(np.float64)
 
 
-def gradient_norms(trainer: Trainer) -> dict[str, float]:
-    """Of all gradients of the last step before clipping, and of their parts."""
-    names = {id(parameter): name for name, parameter in trainer.method.named_parameters()}
-    squares: dict[str, list[paddle.Tensor]] = {}
-    for parameter, norm in zip(trainer.optimizer.parameters, trainer.gradient_norms):
-        if norm is not None:
-            squares.setdefault(_part(names.get(id(parameter), "")), []).append(norm.astype("float32") ** 2)
-    if not squares:
+def gradient_norms(parts: Sequence[str], norms: Sequence[Optional[paddle.Tensor]]) -> dict[str, float]:
+    """Of all gradients of the last step before clipping, and of each part of the parameters."""
+    present = [(part, norm) for part, norm in zip(parts, norms) if norm is not None]
+    if not present:
         return {"gradient_norm": 0.0}
-    totals = paddle.stack([paddle.stack(parts).sum() for parts in squares.values()]).numpy().astype(np.float64)
-    parts = {f"gradient_norm_{name}": math.sqrt(total) for name, total in zip(squares, totals)}
-    return {"gradient_norm": math.sqrt(totals.sum()), **parts}
+    values = paddle.stack([norm for _, norm in present]).astype("float32").numpy().astype(np.float64)
+    totals: dict[str, float] = {}
+    for (part, _), value in zip(present, values):
+        totals[part] = totals.get(part, 0.0) + float(value) ** 2
+    own = {f"gradient_norm_{part}": math.sqrt(total) for part, total in totals.items()}
+    return {"gradient_norm": math.sqrt(sum(totals.values())), **own}
 
 
 def _part(name: str) -> str:

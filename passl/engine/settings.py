@@ -40,7 +40,7 @@ class GlobalSettings:
     eval_unit: Literal["epoch", "step"] = "epoch"  # of a bare number in eval_interval
     early_stopping: Optional[EarlyStopping] = None  # by k-NN of teacher and student
     non_finite: NonFinite = NonFinite()  # noqa: RUF009 (frozen); what to do about an infinite loss or gradient
-    diagnose_every: Optional[Union[int, float, str]] = "50it"  # the doctor's visits (docs/doctor.md); null: none
+    diagnose_every: Optional[Union[int, float, str]] = "25it"  # the doctor's visits (docs/doctor.md); null: none
     print_batch_step: int = 10
     use_visualdl: bool = True
     flags: dict[str, Any] = field(default_factory=dict)  # paddle.set_flags
