@@ -27,6 +27,7 @@ _DEFAULTS = {
     "Model.center_momentum": 0.9,
     "Model.freeze_last_layer": 1,
     "Model.head.use_bn": False,
+    "Model.backbone.init_std": 0.02,
     "Model.head.norm_last_layer": True,
     "DataLoader.Train.loader.num_workers": 4,
 }
@@ -64,6 +65,9 @@ def against_uniform(run: Run, visit: Mapping[str, Any]) -> list[str]:
         lines.append(f"{sharpen} ({_shown(setting(run, 'Model.student_temp') or student or 0.1)})")
     if setting(run, "Model.head.use_bn") is not True:
         lines.append(f"{name(run, 'Model.head.use_bn')}: true, where the run is short or the network small")
+    kind, width = str(setting(run, "Model.backbone.name")), setting(run, "Model.backbone.init_std")
+    if kind.lower().startswith(("vit", "visiontransformer")) and (width or 0.02) < 0.05:
+        lines.append(f"{name(run, 'Model.backbone.init_std')}: 0.1, in a small transformer that starts from nothing")
     lines += [
         f"{name(run, 'Schedules.lr')}: halve it, or lengthen {name(run, 'Schedules.lr.warmup')}",
         f"{name(run, 'Model.freeze_last_layer')}: keep the last layer fixed for more epochs",
