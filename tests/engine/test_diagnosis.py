@@ -126,7 +126,7 @@ CASES = {
         ["the weights", "Schedules.lr.base (now 1.0): divide by 10"],
     ),
     "SGD, lr too high": (
-        {"Schedules__lr__base": "30.0", "Optimizer": "{name: Momentum, clip_norm: 3.0}"},
+        {"Schedules__lr__base": "30.0", "Optimizer": "{{name: Momentum, clip_norm: 3.0}}"},
         "unstable",
         ["the weights", "Schedules.lr.base (now 30.0)"],
     ),
