@@ -169,7 +169,7 @@ class DINO(Method):
         loss = self.dino_loss(self.student(crops), teacher_logits, teacher_temp)
         if self.student.frozen and distributed.world_size() > 1:
             # Data parallel training waits for the gradients of all parameters: these are zero, and cost next to none.
-            loss = loss + _zero_of(self.student.backbone).astype(loss.dtype)
+            loss = loss + _zero_of(self.student.backbone, loss.dtype)
         return {"loss": loss}
 
     def after_backward(self, epoch: int) -> None:
@@ -203,7 +203,7 @@ def _drop_gradients(layer: nn.Layer) -> None:
         parameter.clear_gradient(False)  # set_to_zero, which Paddle ignores as a keyword
 
 
-def _zero_of(layer: nn.Layer) -> Tensor:
-    """A scalar 0 that depends on every trainable parameter of ``layer``."""
+def _zero_of(layer: nn.Layer, dtype: paddle.dtype) -> Tensor:
+    """A scalar 0 that depends on every trainable parameter of ``layer``, whatever its type."""
     trainable = [parameter for parameter in layer.parameters() if not parameter.stop_gradient]
-    return paddle.add_n([(parameter * 0.0).sum() for parameter in trainable])
+    return paddle.add_n([(parameter * 0.0).sum().astype(dtype) for parameter in trainable])
