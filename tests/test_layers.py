@@ -18,7 +18,7 @@ FLOORS = (
     ("__init__", "registry", "yaml_io", "schema", "config", "schedules", "distributed", "download", "log", "formats"),
     ("data", "models"),
     ("checkpoint", "exported"),
-    ("evaluators", "visualize", "convert", "export", "predict"),
+    ("evaluators", "visualize", "convert", "export", "predict", "doctor"),
     ("hub",),
     ("engine",),
     ("cli",),
