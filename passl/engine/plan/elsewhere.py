@@ -13,7 +13,7 @@ from passl.engine.plan.job import LONG, MEMORY_SHARE, Draft, Job
 from passl.engine.plan.recipe import Choices
 
 _WORKERS = 10
-_COUNTED = 2  # images
+_COUNTED = 1  # images
 _USUAL_EPOCHS = 100
 
 

@@ -71,25 +71,27 @@ def length(costs: Costs, steps_per_epoch: int, budget: float, most_epochs: int) 
     epoch = steps_per_epoch * costs.step
     fixed = costs.start + costs.saving  # saved at the end in any case
     usable = budget * (1.0 - _RESERVE)
-    least = (fixed + epoch) / (1.0 - _RESERVE)
     if usable < fixed + epoch:
-        raise TooShortError(least)
+        raise TooShortError(least(costs, epoch))
     spare = usable - fixed
     evaluations = min(int(_EVALUATING_SHARE * spare / costs.evaluating), _MOST_EVALUATIONS) if costs.evaluating else 0
     if costs.evaluating and not evaluations and spare - epoch >= costs.evaluating:
         evaluations = 1
     saves = int(min(_SAVING_SHARE * spare / max(costs.saving, 1e-3), spare / _SECONDS_BETWEEN_SAVES, _MOST_SAVES))
-    epochs = int((spare - evaluations * costs.evaluating - saves * costs.saving) / epoch)
+    saves = max(saves, 1)
+    epochs = int((spare - evaluations * costs.evaluating - (saves - 1) * costs.saving) / epoch)
     epochs = max(min(epochs, most_epochs), 1)
     eval_every = math.ceil(epochs / evaluations) if evaluations else None
-    save_every = math.ceil(epochs / max(saves, 1))
-    seconds = (
-        fixed
-        + epochs * epoch
-        + (math.ceil(epochs / eval_every) * costs.evaluating if eval_every else 0.0)
-        + (epochs // save_every) * costs.saving
-    )
+    save_every = math.ceil(epochs / saves)
+    num_evaluations = math.ceil(epochs / eval_every) if eval_every else 0
+    num_saves = math.ceil(epochs / save_every)
+    seconds = costs.start + epochs * epoch + num_evaluations * costs.evaluating + num_saves * costs.saving
     return Length(epochs, eval_every, save_every, seconds, epochs == most_epochs)
+
+
+def least(costs: Costs, epoch: float) -> float:
+    """The budget for one epoch of so many seconds."""
+    return (costs.start + costs.saving + epoch) / (1.0 - _RESERVE)
 
 
 class TooShortError(PlanError):

@@ -19,8 +19,11 @@ from passl.engine.plan.trial import memory_of
 # A larger network that sees the images less often learns less than a smaller one.
 _WANTED_EPOCHS, _WANTED_EPOCHS_OF_LARGEST = 30, 100
 _TRIAL_SECONDS, _SHORT_TRIAL_SECONDS = 15.0, 3.0
+_LONGEST_TRIAL_SECONDS = 45.0
 _MOST_STEPS = 60
 _FEW_STEPS = 3
+_FASTER = 4.0
+_GAIN = 0.5  # of the time of an image, by larger batches, at best
 _EVALUATING_SECONDS = 2.0
 _FEW_SCORED, _MOST_SCORED = 8, 1000  # images of each list, in a trial
 
@@ -41,9 +44,9 @@ def plan(job: Job) -> Draft:
     evaluating = f", {shown_time(costs.evaluating)} to evaluate" if job.scored else ""
     facts = [
         f"Time: about {shown_time(length.seconds)} of {shown_time(job.request.time)}. By a trial of "
-        f"{len(found['steps'])} steps: {shown_time(costs.step)} a step, {shown_time(costs.start)} to start, "
-        f"{shown_time(costs.saving)} to save{evaluating}.",
-        f"Memory: about {shown_memory(memory)} for each process, the peak of that trial; workers come on top.",
+        f"{len(found['steps'])} steps of {found['trial_size']} images: {shown_time(costs.step)} for a step of the "
+        f"plan, {shown_time(costs.start)} to start, {shown_time(costs.saving)} to save{evaluating}.",
+        f"Memory: about {shown_memory(memory)} for each process, by that trial; workers come on top.",
         f"Loading: {found['loading_rate']:.0f} images/s with {choices.num_workers} worker(s) when nothing else runs; "
         f"training takes {choices.batch_size / costs.step:.0f} images/s, and waited {waited:.0f} % of the time.",
     ]
@@ -65,6 +68,7 @@ def _try(job: Job) -> tuple[dict[str, Any], Choices]:
         if _epochs(job, per_image) >= _wanted(design):
             return _sized(job, choices, found)
         job.say(f"  {_epochs(job, per_image):.1f} epochs in {shown_time(job.request.time)}: try a smaller network")
+    _check_operations(job, smallest)
     batch_size = job.batch_size()
     if _small_batch(job, smallest) < batch_size:
         return _sized(job, *_small_trial(job, smallest))
@@ -95,24 +99,32 @@ def _small_trial(job: Job, design: Design) -> tuple[Choices, dict[str, Any]]:
 
 
 def _sized(job: Job, choices: Choices, found: Optional[dict[str, Any]]) -> tuple[dict[str, Any], Choices]:
-    """A longer trial at the batch of the plan, in parts that memory holds. ``found``: by a trial of ``choices``."""
+    """A longer trial at the batch of the plan, in parts that memory holds. ``found``: by a trial of ``choices``.
+
+    What steps and memory a trial with fewer images measured is returned for the batch of the plan.
+    """
     limit = MEMORY_SHARE * job.machine.memory
     own = memory_of("self") or 0.0
     if job.machine.device == "cpu" and own > limit:
         # Paddle alone is this large already.
         raise job.too_little(choices.design, own / MEMORY_SHARE, 1)
     batch = part = job.batch_size()
-    while found is not None and part > 1 and estimate.predicted_peak(found, choices.batch_size, part) > limit:
-        part = math.ceil(part / 2)
-    seconds = estimate.step_seconds(found) * batch / choices.batch_size if found else _TRIAL_SECONDS / _MOST_STEPS
-    wanted = min(_TRIAL_SECONDS, max(job.request.time / 4, _SHORT_TRIAL_SECONDS))
-    steps = min(max(round(wanted / seconds), _FEW_STEPS + 2 * choices.num_workers), _MOST_STEPS)
+    size, steps = batch, _MOST_STEPS
+    if found is not None:
+        _check_time(job, choices, found)
+        while part > 1 and estimate.predicted_peak(found, choices.batch_size, part) > limit:
+            part = math.ceil(part / 2)
+        size, steps = _trial_size(job, choices, found)
+        if size == choices.batch_size and found["peak"] <= limit:
+            return _scaled(found, size, batch, part), replace(choices, batch_size=batch, accum_steps=batch // part)
     while True:
-        choices = replace(choices, batch_size=batch, accum_steps=math.ceil(batch / part))
+        part = min(part, size)
+        choices = replace(choices, batch_size=size, accum_steps=math.ceil(size / part))
         try:
             measured = _trial(job, choices, steps)
             if measured["peak"] <= limit:
-                return measured, choices
+                final = replace(choices, batch_size=batch, accum_steps=math.ceil(batch / part))
+                return _scaled(measured, size, batch, part), final
             problem = f"{shown_memory(measured['peak'])} are more than there is"
         except OutOfMemoryError as error:
             measured, problem = None, str(error)
@@ -120,6 +132,45 @@ def _sized(job: Job, choices: Choices, found: Optional[dict[str, Any]]) -> tuple
             raise job.too_little(choices.design, measured and measured["peak"] / MEMORY_SHARE, 1)
         job.say(f"  {problem}: half as many images at a time")
         part = math.ceil(part / 2)
+
+
+def _check_operations(job: Job, design: Design) -> None:
+    """Raises PlanError when a machine several times as fast as any would need too long for one epoch."""
+    epoch = design.nominal_seconds(job.machine) * job.images.count
+    if design.tera is not None and epoch > _FASTER * job.request.time:
+        raise job.too_short(TooShortError(epoch), design, epoch, "by its operations ")
+
+
+def _check_time(job: Job, choices: Choices, found: dict[str, Any]) -> None:
+    """Raises PlanError when one epoch takes much too long, whatever larger batches gain."""
+    costs = estimate.costs(found, choices.batch_size, 0)
+    epoch = job.images.count / (choices.batch_size * job.machine.processes) * costs.step
+    if epoch * _GAIN > job.request.time:
+        raise job.too_short(TooShortError(estimate.least(costs, epoch)), choices.design, epoch)
+
+
+def _trial_size(job: Job, choices: Choices, found: dict[str, Any]) -> tuple[int, int]:
+    """Images in a step of the longer trial, the plan's or as many as do not take minutes, and steps."""
+    size = job.batch_size()
+    per_image = estimate.step_seconds(found) / choices.batch_size
+    while size > choices.batch_size and 2 * size * per_image > _LONGEST_TRIAL_SECONDS:
+        size //= 2
+    wanted = min(_TRIAL_SECONDS, max(job.request.time / 4, _SHORT_TRIAL_SECONDS)) / (size * per_image)
+    steady = _FEW_STEPS + 2 * choices.num_workers  # by then batches made ahead are used up
+    fitting = _LONGEST_TRIAL_SECONDS / (size * per_image)
+    return size, max(min(max(round(wanted), steady), int(fitting), _MOST_STEPS), 2)
+
+
+def _scaled(found: dict[str, Any], size: int, batch: int, part: int) -> dict[str, Any]:
+    """A trial with ``size`` images in a step as one with ``batch``, of which ``part`` are in memory at a time."""
+    ratio = batch / size
+    return {
+        **found,
+        "steps": [ratio * seconds for seconds in found["steps"]],
+        "waits": [ratio * seconds for seconds in found["waits"]],
+        "peak": estimate.predicted_peak(found, size, part) if part > size else found["peak"],
+        "trial_size": size,
+    }
 
 
 def _trial(job: Job, choices: Choices, steps: int) -> dict[str, Any]:

@@ -132,8 +132,8 @@ class Job:
             count += 1
         return (time.perf_counter() - started) / max(count - 1, 1)
 
-    def too_short(self, error: TooShortError, design: Design, epoch: float) -> PlanError:
-        """``epoch``: seconds that one takes."""
+    def too_short(self, error: TooShortError, design: Design, epoch: float, how: str = "") -> PlanError:
+        """``epoch``: seconds that one takes. how: that is known."""
         thirty = time_option((error.seconds + 29 * epoch) * 1.1)
         remedies = [f"--time {time_option(error.seconds * 1.05)} for one epoch, or {thirty} for 30"]
         if self.request.arch is not None:
@@ -145,8 +145,8 @@ class Job:
         remedies.append("fewer images")
         return PlanError(
             f"{shown_time(self.request.time)} is too short: one epoch of {design.name} over {self.images.count} images "
-            f"takes {shown_time(epoch)}, the run with starting and saving {shown_time(error.seconds)}, of which a "
-            f"tenth is reserve. What would do: {'; '.join(remedies)}"
+            f"takes {how}{shown_time(epoch)}, with starting, saving and a tenth in reserve "
+            f"{shown_time(error.seconds)}. What would do: {'; '.join(remedies)}"
         )
 
     def too_little(self, design: Design, needed: Optional[float], num_images: int) -> PlanError:

@@ -245,9 +245,15 @@ def _data(c: Choices) -> Iterator[Setting]:
     if is_convnet(design):
         global_scale, local_scale, why = [0.14, 1.0], [0.05, 0.14], "those of the official convnets"
     elif c.is_small:
-        global_scale, local_scale, why = [0.5, 1.0], [0.15, 0.5], "large crops: easier to match, for a short run"
+        global_scale, local_scale = [0.5, 1.0], [0.2 if c.is_short else 0.15, 0.5]
+        why = "large crops: easier to match, for a small run"
     yield Setting(f"{transform}.global_crops_scale", global_scale, why)
     yield Setting(f"{transform}.local_crops_scale", local_scale)
+    if c.is_short and design.is_narrow:
+        why = "colours turned at will: so few steps would learn little else. Lower these if colours tell your classes"
+        yield Setting(f"{transform}.jitter_prob", 1.0, why)
+        for name, value in (("saturation", 0.8), ("hue", 0.5), ("gray_prob", 0.4)):
+            yield Setting(f"{transform}.{name}", value)
     if design.global_size < 96:
         why = "off: a blur of up to 2 pixels and solarisation leave little of small views"
         yield Setting(f"{transform}.global_blur_probs", [0.0, 0.0], why)
