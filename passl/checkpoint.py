@@ -164,10 +164,10 @@ def write(value: Any, path: PathLike) -> None:
 
 
 class CheckpointStore:
-    """The checkpoints of one run in one folder: ``epoch_{n}`` and ``step_{n}`` sets, and ``latest`` and ``best``.
+    """The checkpoints of one run in a folder: sets ``epoch_{n}`` and ``step_{n}``, ``latest``, ``previous``, ``best``.
 
-    ``latest`` and ``best`` are hard links (copies where there are none) to a set that is whole by then, so a crash at
-    any moment leaves at least one whole set; :meth:`newest_intact` finds it.
+    The last three are hard links (copies where there are none) to a set that is whole by then, so a crash at any moment
+    leaves at least one whole set, and damage to ``latest`` the one before it; :meth:`newest_intact` finds it.
 
     Args:
         folder: created when missing.
@@ -196,11 +196,16 @@ class CheckpointStore:
         checksums = {suffix: checksum(with_suffix(prefix, suffix)) for suffix in (PARAMS, OPTIMIZER)}
         write({**states, "checksums": checksums}, with_suffix(prefix, STATES))
         _flush_names(self.folder)  # `latest` must not come to the disk before the set that it is of
+        if all((self.folder / f"latest{suffix}").exists() for suffix in (PARAMS, OPTIMIZER, STATES)):
+            self._link(self.folder / "latest", "previous")
         for alias in ["latest", "best"] if best else ["latest"]:
-            for suffix in (PARAMS, OPTIMIZER, STATES):
-                _link(with_suffix(prefix, suffix), self.folder / (alias + suffix))
+            self._link(prefix, alias)
         _flush_names(self.folder)  # before an older set is removed
         self._prune()
+
+    def _link(self, prefix: Path, alias: str) -> None:
+        for suffix in (PARAMS, OPTIMIZER, STATES):
+            _link(with_suffix(prefix, suffix), self.folder / (alias + suffix))
 
     def newest_intact(self) -> Optional[Path]:
         """Prefix of the whole set with the highest step (``latest`` where it is one of them), None in an empty folder.
@@ -217,9 +222,13 @@ class CheckpointStore:
         for *_, prefix in sorted(candidates, reverse=True):
             try:
                 read_states(prefix)
-                return prefix
             except CheckpointError as error:
                 logger.warning("checkpoint skipped: %s", error)
+                continue
+            latest = self.folder / "latest"
+            if prefix != latest and with_suffix(latest, PARAMS).exists():
+                logger.warning("the last save did not come to its end: going on from %s, not %s", prefix, latest)
+            return prefix
         if any(self.folder.glob(f"*{PARAMS}")):
             raise CheckpointError(f"{self.folder}: no checkpoint in it is whole; start anew with another output_dir")
         return None

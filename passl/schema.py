@@ -186,7 +186,8 @@ class _Checker:
 
     def typed(self, value: Any, annotation: Any, path: Path) -> None:
         section = _dataclass(annotation)
-        if section is not None and value is not None:
+        is_plain = any(choice in _SCALARS for choice in typing.get_args(annotation)) and not isinstance(value, dict)
+        if section is not None and value is not None and not is_plain:
             self.component(value, Component(section), path)
             return
         if _matches(value, annotation):
@@ -239,6 +240,8 @@ def _matches(value: Any, annotation: Any) -> bool:
         return any(value == choice and type(value) is type(choice) for choice in arguments)
     if origin is None or origin is type(None):
         return value is None
+    if is_dataclass(origin):
+        return isinstance(value, dict)
     if origin is float:
         return isinstance(value, (int, float)) and not isinstance(value, bool)
     if origin in _SCALARS:
@@ -287,6 +290,8 @@ def _describe(annotation: Any) -> str:
         return "null"
     if origin is tuple and arguments and arguments[-1] is not Ellipsis:
         return f"[{', '.join(_describe(argument) for argument in arguments)}]"
+    if is_dataclass(origin):
+        return "a mapping of arguments"
     if origin in _LISTS:
         return f"list of {_describe(arguments[0])}" if arguments else "list"
     if origin in _MAPPINGS:

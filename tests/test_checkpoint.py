@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import pickle
 import tracemalloc
 
@@ -207,6 +208,40 @@ def test_as_many_epochs_stay_as_asked(tmp_path, keep, expected):
     for epoch in range(1, 6):
         store.save(f"epoch_{epoch}", {"w": paddle.ones([1])}, {"m": paddle.ones([1])}, {"step": epoch}, best=epoch == 2)
     names = {path.stem for path in tmp_path.glob("*.pdparams")}
-    assert names == {"latest", "best", *(f"epoch_{epoch}" for epoch in expected)}
+    assert names == {"latest", "previous", "best", *(f"epoch_{epoch}" for epoch in expected)}
     assert checkpoint.read_states(tmp_path / "best")["step"] == 2
     assert checkpoint.read_states(tmp_path / "latest")["step"] == 5
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("is_torn", [False, True])
+@pytest.mark.parametrize("number", range(1, 19))
+def test_power_loss_at_any_moment_of_saving(tmp_path, monkeypatch, caplog, number, is_torn):
+    """Before the n-th rename (three files, three links each of previous and latest, of two saves): what is found is
+    whole, and the newest. Torn: the last file came to the disk without its content.
+    """
+    states = {"epoch": 0}
+    store = CheckpointStore(tmp_path)
+    weights = [{"w": paddle.full([50], float(step))} for step in range(3)]
+    store.save("step_0", weights[0], {"m": weights[0]["w"]}, {**states, "step": 0}, best=True)
+    done = []
+    replace = os.replace
+
+    def rename(source, target):
+        if len(done) == number - 1:
+            if is_torn and done:
+                os.truncate(done[-1], 10)
+            raise KeyboardInterrupt  # no error that anything would catch
+        done.append(target)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", rename)
+    with contextlib.suppress(KeyboardInterrupt):
+        for step in (1, 2):
+            store.save(f"step_{step}", weights[step], {"m": weights[step]["w"]}, {**states, "step": step})
+    found = store.newest_intact()
+    step = checkpoint.read_states(found)["step"]
+    whole = (number - 1 >= 3) + (number - 1 >= 12)
+    assert step == whole if not is_torn else whole - 1 <= step <= whole
+    np.testing.assert_array_equal(checkpoint.read_weights(found)["w"], weights[step]["w"].numpy())
+    assert (f"going on from {found}" in caplog.text) == (found.name != "latest")

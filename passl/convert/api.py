@@ -136,7 +136,7 @@ def read_weights(path: PathLike, model: nn.Layer, backbone: nn.Layer, checkpoint
 
 
 def _logged(path: PathLike, conversion: Conversion) -> dict[str, np.ndarray]:
-    for what in conversion.inflated:
+    for what in conversion.fitted:
         logger.info("%s: %s", path, what)
     return conversion.state
 

@@ -17,6 +17,7 @@ from passl.convert.source import Entry, Source
 from passl.formats.storage import BFLOAT16
 from passl.models.channels import inflate_state
 from passl.models.dino import DINOHead
+from passl.models.positions import resize_positions
 from passl.models.probe import LinearClassifier
 
 KINDS = {
@@ -54,8 +55,8 @@ class Conversion:
 
     model: the section ``Model`` of a configuration that has these weights (of a backbone alone: its own section).
     state: names and shapes of passl -> arrays, views of the file where that can be. layout: the same names, and how
-    PyTorch has them. counters: PyTorch's step counters of batch norms, which passl has none of. inflated: what was done
-    to an RGB first convolution for Options.layer.
+    PyTorch has them. counters: PyTorch's step counters of batch norms, which passl has none of. fitted: what was done
+    to an RGB first convolution, and to positions, for Options.layer.
     """
 
     kind: str
@@ -65,7 +66,7 @@ class Conversion:
     layout: list[Slot]
     counters: dict[str, int]
     report: Report
-    inflated: list[str] = field(default_factory=list)
+    fitted: list[str] = field(default_factory=list)
 
 
 def convert_source(source: Source, options: Options, backbone: Optional[Source] = None) -> Conversion:
@@ -125,7 +126,7 @@ class _Assembly:
         self.state: dict[str, np.ndarray] = {}
         self.layout: list[Slot] = []
         self.counters: dict[str, int] = {}
-        self.inflated: list[str] = []
+        self.fitted: list[str] = []
 
     # --- kinds ---
 
@@ -183,7 +184,7 @@ class _Assembly:
         """Everything together; what no part has taken is left over."""
         self._close()
         return Conversion(
-            kind, model, self.architecture, self.state, self.layout, self.counters, self.report, self.inflated
+            kind, model, self.architecture, self.state, self.layout, self.counters, self.report, self.fitted
         )
 
     def _close(self) -> None:
@@ -223,14 +224,18 @@ class _Assembly:
         if self.options.layer is not None or self.options.arch:
             entries = self._by_own_names(network, layout, entries)
         if self.options.layer is not None:
-            entries = self._inflated(layout, entries)
+            entries = self._fitted(layout, entries)
         self._fill(prefix, layout, entries)
         return architecture
 
-    def _inflated(self, layout: list[Slot], entries: dict[str, Entry]) -> dict[str, Entry]:
-        """``entries`` with a first convolution for as many channels as the Layer that they are for."""
+    def _fitted(self, layout: list[Slot], entries: dict[str, Entry]) -> dict[str, Entry]:
+        """``entries`` with a first convolution for as many channels, and positions for as large a grid, as the Layer
+        has that they are for.
+        """
         values = {slot.torch_name: entries[slot.torch_name].value for slot in layout if slot.torch_name in entries}
-        values, self.inflated = inflate_state(values, {slot.torch_name: slot.shape for slot in layout})
+        values, inflated = inflate_state(values, {slot.torch_name: slot.shape for slot in layout})
+        values, resized = resize_positions(values, self.options.layer)
+        self.fitted = [*inflated, *resized]
         return {name: entry._replace(value=values.get(name, entry.value)) for name, entry in entries.items()}
 
     def _architecture(self, shapes: Mapping[str, tuple[int, ...]]) -> Architecture:

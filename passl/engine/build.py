@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, Optional
 
@@ -15,15 +16,28 @@ from passl.data.samples import Samples
 from passl.data.transforms import Compose
 from passl.engine import data_section
 from passl.engine.early_stopping import EarlyStopping
+from passl.engine.guard import Guard
 from passl.engine.non_finite import NonFinite
-from passl.engine.optim import Optimizer
+from passl.engine.optim import Optimizer, ParamGroup
 from passl.engine.precision import GradScalerSettings, Precision
-from passl.engine.settings import MODELS, GlobalSettings, LoaderSettings, SamplerSettings
+from passl.engine.recompute import recompute_blocks
+from passl.engine.settings import (
+    MODELS,
+    DistributedSettings,
+    GlobalSettings,
+    LoaderSettings,
+    RecomputeSettings,
+    SamplerSettings,
+    ShardingSettings,
+)
+from passl.engine.sharding import ShardedOptimizer
 from passl.evaluators import Classification, Evaluator
 from passl.evaluators.evaluator import backbones_of
 from passl.models.method import Method
 from passl.registry import DATASETS, EVALUATORS, OPTIMIZERS, SCHEDULES, SLOTS, Registry
 from passl.schedules import Schedule, Timeline
+
+logger = logging.getLogger("passl")
 
 _FACTORIES = ("backbone", "head")  # a method decides how often and with what widths it builds these
 
@@ -61,7 +75,7 @@ def _argument(key: str, value: Any, where: str) -> Any:
 
 def global_settings(config: Config) -> GlobalSettings:
     section = dict(config.get("Global") or {})
-    for key, kind in (("early_stopping", EarlyStopping), ("non_finite", NonFinite)):
+    for key, kind in (("early_stopping", EarlyStopping), ("guard", Guard), ("non_finite", NonFinite)):
         if section.get(key) is not None:
             try:
                 section[key] = kind(**section[key])
@@ -83,6 +97,32 @@ def precision(config: Config, fallen_back_to: Optional[Mapping[str, str]] = None
         return Precision(**section, grad_scaler=GradScalerSettings(**scaler) if scaler else None)
     except ValueError as error:
         raise ConfigError([str(error)]) from error
+
+
+def strategy(config: Config) -> DistributedSettings:
+    section = dict(config.get("DistributedStrategy") or {})
+    try:
+        for key, settings in (("sharding", ShardingSettings), ("recompute", RecomputeSettings)):
+            if isinstance(section.get(key), Mapping):
+                section[key] = settings(**section[key])
+        return DistributedSettings(**{key: value for key, value in section.items() if value is not None})
+    except ValueError as error:
+        raise ConfigError([f"DistributedStrategy.{error}"]) from error
+
+
+def recompute(config: Config, method: Method) -> None:
+    """What ``DistributedStrategy.recompute`` says."""
+    amount = strategy(config).recompute
+    if not amount:
+        return
+    interval = 1
+    if isinstance(amount, RecomputeSettings):
+        amount, interval = True, amount.layerlist_interval
+    try:
+        count = recompute_blocks(method, amount, interval)
+    except ValueError as error:
+        raise ConfigError([f"DistributedStrategy.recompute: {error}"]) from error
+    logger.info("recompute: %d blocks of the backbone are computed again in the backward pass", count)
 
 
 def train_loader(config: Config, seed: int) -> Loader:
@@ -133,7 +173,31 @@ def optimizer(config: Config, method: Method) -> Optimizer:
     """
     for name, parameter in method.named_parameters():
         parameter.name = name
-    return component(config["Optimizer"], OPTIMIZERS, "Optimizer", groups=method.param_groups())
+    build = functools.partial(_optimizer, config)
+    groups = method.param_groups()
+    return ShardedOptimizer(build, groups) if _shares_state(strategy(config)) else build(groups)
+
+
+def _optimizer(config: Config, groups: Sequence[ParamGroup]) -> Optimizer:
+    return component(config["Optimizer"], OPTIMIZERS, "Optimizer", groups=groups)
+
+
+def _shares_state(settings: DistributedSettings) -> bool:
+    processes = distributed.world_size()
+    sharding = ShardingSettings() if settings.sharding is True else settings.sharding
+    if not sharding or sharding.sharding_degree == 1:
+        return False
+    if processes == 1:
+        logger.info("DistributedStrategy.sharding: one process has nothing to share")
+        return False
+    if sharding.sharding_degree not in (None, -1, processes):
+        raise ConfigError(
+            [
+                f"DistributedStrategy.sharding.sharding_degree ({sharding.sharding_degree}) must be the number of "
+                f"processes ({processes}), or -1: shares of groups of them are not supported"
+            ]
+        )
+    return True
 
 
 def evaluators(config: Config, subject: nn.Layer) -> list[Evaluator]:

@@ -32,8 +32,12 @@ class Measuring:
         self.log = log
         self.checkpoints = checkpoints
         self.folder = folder
+        self._last: tuple[int, dict[str, float]] = (-1, {})
 
     def run(self, trainer: Trainer) -> dict[str, float]:
+        """The numbers of all evaluators; those of one step are measured once."""
+        if self._last[0] == trainer.step:
+            return self._last[1]
         started = time.perf_counter()
         try:
             results = self._evaluate(trainer)
@@ -42,6 +46,7 @@ class Measuring:
             raise
         shown = ", ".join(f"{name}: {value:.5f}" for name, value in results.items())
         logger.info("[Eval][Epoch %d][Avg] %s, time: %.1f s", trainer.epoch + 1, shown, time.perf_counter() - started)
+        self._last = trainer.step, results
         return results
 
     def record(self, trainer: Trainer, values: dict[str, Any]) -> None:

@@ -17,13 +17,15 @@ import paddle
 from passl.checkpoint import CheckpointError
 from passl.registry import OPTIMIZERS
 
-ParamGroup = dict  # {"params": list of parameters, "weight_decay": factor on the scheduled decay (1.0 or 0.0)}
+# {"params": list of parameters, "weight_decay": factor on the scheduled decay (1.0 or 0.0), "learning_rate": factor on
+# the scheduled rate (1.0 if not given)}
+ParamGroup = dict
 CLIP_MODES = ("each", "global")
 HALF_PRECISION = (paddle.float16, paddle.bfloat16)
 _VELOCITY, _MASTER = "_velocity_0", "_fp32_master_0"
 _MOMENTS, _POWERS = ("_moment1_0", "_moment2_0"), ("_beta1_pow_acc_0", "_beta2_pow_acc_0")
-_CLASS = "optimizer"  # the entry of a state that says whose it is; older files have none
-_MASTERS = "master_weights"
+WRITER = "optimizer"  # the entry of a state that says whose it is; older files have none
+MASTERS = "master_weights"
 _WRITERS = {**dict.fromkeys((*_MOMENTS, *_POWERS), "AdamW"), _VELOCITY: "Momentum or LARS"}
 
 
@@ -48,7 +50,11 @@ class Optimizer:
             raise ValueError(f"clip_mode ({clip_mode!r}) must be one of {', '.join(CLIP_MODES)}")
         if clip_norm is not None and clip_norm <= 0:
             raise ValueError(f"clip_norm ({clip_norm}) must be positive; null turns clipping off")
-        self.groups = self._param_groups = [group for group in groups if group["params"]]  # GradScaler reads the latter
+        self.groups = [{"learning_rate": 1.0, **group} for group in groups if group["params"]]
+        self._param_groups = self.groups  # GradScaler reads it
+        for group in self.groups:
+            if not 0 <= group["learning_rate"] < float("inf"):
+                raise ValueError(f"learning_rate of a group ({group['learning_rate']}) must be a factor of at least 0")
         self.parameters = [p for group in self.groups for p in group["params"]]
         if not self.parameters:
             raise ValueError("the method has no trainable parameter")
@@ -57,8 +63,13 @@ class Optimizer:
         self.learning_rate = 0.0
         self.weight_decay = weight_decay
 
+    @property
+    def kind(self) -> str:
+        """What a state is said to be of."""
+        return type(self).__name__
+
     def set(self, learning_rate: float, weight_decay: Optional[float] = None) -> None:
-        """Values for the next step; the decay acts on each group times the group's own factor."""
+        """Values for the next step; both act on each group times the group's own factors."""
         self.learning_rate = learning_rate
         if weight_decay is not None:
             self.weight_decay = weight_decay
@@ -129,17 +140,17 @@ class Optimizer:
         if not isinstance(state, Mapping):
             raise CheckpointError(f"the optimizer state is no mapping of names, but {type(state).__name__}")
         entries = dict(state)
-        writer = str(entries.pop(_CLASS, ""))
-        flat = {key: value for key, value in entries.items() if key != _MASTERS}
-        masters = entries.get(_MASTERS, {})
+        writer = str(entries.pop(WRITER, ""))
+        flat = {key: value for key, value in entries.items() if key != MASTERS}
+        masters = entries.get(MASTERS, {})
         if not isinstance(masters, Mapping):
-            raise CheckpointError(f"{_MASTERS} of the optimizer state is no mapping, but {type(masters).__name__}")
+            raise CheckpointError(f"{MASTERS} of the optimizer state is no mapping, but {type(masters).__name__}")
         flat.update((f"{name}{_MASTER}", value) for name, value in masters.items())
         if not writer:
             writer = self._guess_writer(flat)
-        if writer != type(self).__name__:
+        if writer != self.kind:
             raise CheckpointError(
-                f"the optimizer state was saved by {writer}, this is {type(self).__name__}: use the same Optimizer, or "
+                f"the optimizer state was saved by {writer}, this is {self.kind}: use the same Optimizer, or "
                 "start anew with -o Global.checkpoint=null and that checkpoint as Global.pretrained_model"
             )
         known: set[str] = set()
@@ -167,7 +178,7 @@ class Optimizer:
         if not suffixes:
             raise CheckpointError("the optimizer state holds no entry of any optimizer")
         foreign = sorted(suffixes - own)
-        return _WRITERS[foreign[0]] if foreign else type(self).__name__
+        return _WRITERS[foreign[0]] if foreign else self.kind
 
 
 @OPTIMIZERS.register("AdamW")
@@ -189,7 +200,7 @@ class AdamW(Optimizer):
         self._fresh: set[str] = set()  # keys of what _fresh_moments made
         self._inner = paddle.optimizer.AdamW(
             learning_rate=0.0,
-            parameters=[{"params": g["params"], "weight_decay": g["weight_decay"] * weight_decay} for g in self.groups],
+            parameters=[{**group, "weight_decay": group["weight_decay"] * weight_decay} for group in self.groups],
             beta1=beta1,
             beta2=beta2,
             epsilon=epsilon,
@@ -215,7 +226,7 @@ class AdamW(Optimizer):
             state = {key: value for key, value in state.items() if key not in self._fresh}
         # Paddle leaves out what it was given for parameters that have not stepped since.
         held = {k: value for k, value in self._inner._accumulators_holder.items() if k not in self._fresh}
-        return {_CLASS: type(self).__name__, **held, **state}
+        return {WRITER: self.kind, **held, **state}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         entries = self._checked(state)
@@ -238,7 +249,7 @@ class AdamW(Optimizer):
             is_half = parameter.dtype in HALF_PRECISION
             dtype = "float32" if is_half else parameter.dtype
             # Weights are cast to half precision after the state is loaded: its masters tell that they will be.
-            names = [f"{parameter.name}{_MASTER}"] if is_half or state.get(_MASTERS) else []
+            names = [f"{parameter.name}{_MASTER}"] if is_half or MASTERS in state else []
             for name in names if is_half else [parameter.name, *names]:
                 fresh.update((f"{name}{moment}", paddle.zeros(parameter.shape, dtype)) for moment in _MOMENTS)
                 fresh.update((f"{name}{p}", paddle.full([1], b, dtype)) for p, b in zip(_POWERS, self._betas))
@@ -272,9 +283,9 @@ class Momentum(Optimizer):
         for group in self.groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    self._update(parameter, group["weight_decay"])
+                    self._update(parameter, group["weight_decay"], self.learning_rate * group["learning_rate"])
 
-    def _update(self, parameter: paddle.Tensor, decay_factor: float) -> None:
+    def _update(self, parameter: paddle.Tensor, decay_factor: float, learning_rate: float) -> None:
         weight = self._master(parameter)
         # A copy: clear_grad frees the memory of the gradient.
         direction = paddle.assign(parameter.grad).astype(weight.dtype)
@@ -283,7 +294,7 @@ class Momentum(Optimizer):
         velocity = direction if velocity is None else velocity * self.momentum + direction
         self._velocities[parameter.name] = velocity
         move = direction + velocity * self.momentum if self.use_nesterov else velocity
-        weight.subtract_(move * self.learning_rate)
+        weight.subtract_(move * learning_rate)
         if weight is not parameter:
             parameter.copy_(weight.astype(parameter.dtype), True)
 
@@ -302,7 +313,7 @@ class Momentum(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         state = {f"{name}{_VELOCITY}": velocity for name, velocity in self._velocities.items()}
         masters = {f"{name}{_MASTER}": master for name, master in self._masters.items()}
-        return {_CLASS: type(self).__name__, **state, **masters}
+        return {WRITER: self.kind, **state, **masters}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         entries = self._checked(state)
@@ -359,11 +370,11 @@ def _norm(tensor: paddle.Tensor) -> paddle.Tensor:
 
 
 def _tensors(state: Mapping[str, Any]) -> dict[str, Any]:
-    tensors = {key: paddle.to_tensor(value) for key, value in state.items() if key != _MASTERS}
-    masters = {name: paddle.to_tensor(value) for name, value in state.get(_MASTERS, {}).items()}
+    tensors = {key: paddle.to_tensor(value) for key, value in state.items() if key != MASTERS}
+    masters = {name: paddle.to_tensor(value) for name, value in state.get(MASTERS, {}).items()}
     for name, master in masters.items():
         master.name = f"{name}{_MASTER}"  # Paddle keys the moments by it
-    return {**tensors, _MASTERS: masters} if masters else tensors
+    return {**tensors, MASTERS: masters} if masters else tensors
 
 
 def _fits(value: Any, key: str, parameter: paddle.Tensor) -> bool:

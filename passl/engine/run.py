@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import logging
 from collections.abc import Iterator
@@ -15,11 +16,15 @@ from passl import checkpoint, distributed, log
 from passl.checkpoint import CheckpointError, CheckpointStore
 from passl.config import Config, ConfigError, check, to_yaml
 from passl.data import file_index
+from passl.data.loader import BadSamplesError
+from passl.data.workers import WorkerDiedError
 from passl.engine import build, data_section, start
 from passl.engine.diagnosis import DiagnosisHook, record_failure
 from passl.engine.early_stopping import deciding_evaluator
 from passl.engine.evaluation import EarlyStoppingHook, EvaluationHook, Measuring
+from passl.engine.feature_watch import KNNWatch, chosen_watch
 from passl.engine.folder_lock import FolderInUseError, FolderLock
+from passl.engine.guard import GuardHook
 from passl.engine.hooks import CheckpointHook, LogHook
 from passl.engine.interruption import Interrupted, StopSignals
 from passl.engine.non_finite import NonFiniteLossError
@@ -50,6 +55,7 @@ def checked(config: Config, training: bool) -> Config:
         problems += error.problems
     if problems:
         raise ConfigError(problems)
+    build.strategy(config)
     data_section.check(config)
     return config
 
@@ -110,10 +116,22 @@ def _attempt(
     except RollBack as error:
         logger.warning("%s: going back", error)
         return trainer, error
+    except (WorkerDiedError, BadSamplesError):
+        _save_steps_done(trainer)
+        raise
     except NonFiniteLossError as error:
         record_failure(trainer, error)
         raise
     return trainer, None
+
+
+def _save_steps_done(trainer: Trainer) -> None:
+    """After an error of the data, which comes between two steps; of several processes the others are in the next."""
+    if distributed.world_size() == 1 and trainer.step > 0:
+        for hook in trainer.hooks:
+            if isinstance(hook, CheckpointHook):
+                hook.save(trainer, is_best=False)
+                logger.info("the steps up to %d are saved in %s", trainer.step, trainer.last_checkpoint)
 
 
 def _prepare(
@@ -132,6 +150,7 @@ def _prepare(
     loader = build.train_loader(config, settings.seed)
     line = build.timeline(loader, settings.epochs)
     optimizer = build.optimizer(config, method)
+    build.recompute(config, method)
     evaluators = build.evaluators(config, method) if settings.eval_during_train else []
     build.check_labels(method, loader.dataset, evaluators)
     description = {
@@ -141,7 +160,7 @@ def _prepare(
         "pct": loader.sampler.pct,
     }
     hooks = _hooks(settings, line, method, evaluators, store, description)
-    schedules = build.schedules(config, line)
+    schedules = {**method.schedules(line), **build.schedules(config, line)}
     states = None
     if resumed is None:
         start.load_start(settings, method)
@@ -188,21 +207,29 @@ def _hooks(
     log_hook = LogHook(store.folder, settings.print_batch_step, settings.use_visualdl)
     save_interval = _steps(line, settings.save_interval, "epoch", "Global.save_interval")
     checkpoints = CheckpointHook(store, save_interval, description)
+    measuring = functools.partial(Measuring, log=log_hook, checkpoints=checkpoints, folder=store.folder)
     hooks: list[Hook] = [log_hook]
     if settings.diagnose_every is not None:
         interval = _steps(line, settings.diagnose_every, "epoch", "Global.diagnose_every")
         hooks.append(DiagnosisHook(log_hook, interval, description["config"]))
-    rule = settings.early_stopping
+    rule, guard, deciding, watch = settings.early_stopping, settings.guard, None, None
     if rule is not None:
         if not settings.eval_during_train:
             raise ConfigError(["Global.early_stopping: it needs evaluation: set Global.eval_during_train: true"])
-        deciding = deciding_evaluator(evaluators, method)
-        evaluators = [evaluator for evaluator in evaluators if evaluator is not deciding]
-        hooks.append(EarlyStoppingHook(rule, Measuring([deciding], log_hook, checkpoints, store.folder)))
+        knn = deciding_evaluator(evaluators, method)
+        evaluators = [evaluator for evaluator in evaluators if evaluator is not knn]
+        deciding = measuring([knn])
+        hooks.append(EarlyStoppingHook(rule, deciding))
+    if guard is not None:
+        watch, evaluators = chosen_watch(guard, evaluators, settings.eval_during_train, deciding, measuring)
     if evaluators:
         interval = _steps(line, settings.eval_interval, settings.eval_unit, "Global.eval_interval")
-        measuring = Measuring(evaluators, log_hook, checkpoints, store.folder)
-        hooks.append(EvaluationHook(measuring, interval, decides_best=rule is None))
+        decides_best = rule is None and not isinstance(watch, KNNWatch)
+        hooks.append(EvaluationHook(measuring(evaluators), interval, decides_best))
+    if guard is not None:
+        interval = _steps(line, guard.every, "epoch", "Global.guard.every")
+        decides_best = rule is None and (isinstance(watch, KNNWatch) or not evaluators)
+        hooks.append(GuardHook(guard, interval, watch, log_hook, checkpoints, decides_best))
     return [*hooks, checkpoints]
 
 

@@ -10,6 +10,7 @@ import passl.evaluators
 import passl.models  # noqa: F401  (these imports fill the registries)
 from passl.config import Component, Required
 from passl.engine.early_stopping import EarlyStopping
+from passl.engine.guard import Guard
 from passl.engine.non_finite import NonFinite
 from passl.engine.precision import DTYPES, LEVELS, GradScalerSettings
 from passl.registry import BACKBONES, DATASETS, EVALUATORS, METHODS, OPTIMIZERS, SCHEDULES, Registry
@@ -39,6 +40,7 @@ class GlobalSettings:
     eval_interval: Union[int, float, str] = 1
     eval_unit: Literal["epoch", "step"] = "epoch"  # of a bare number in eval_interval
     early_stopping: Optional[EarlyStopping] = None  # by k-NN of teacher and student
+    guard: Optional[Guard] = None  # over the features that a run starts with, by k-NN or by their drift
     non_finite: NonFinite = NonFinite()  # noqa: RUF009 (frozen); what to do about an infinite loss or gradient
     diagnose_every: Optional[Union[int, float, str]] = "25it"  # the doctor's visits (docs/doctor.md); null: none
     print_batch_step: int = 10
@@ -82,6 +84,67 @@ class LoaderSettings:
     prefetch_factor: int = 2  # batches that each worker prepares in advance
 
 
+@dataclass
+class ShardingSettings:
+    """``DistributedStrategy.sharding``, in the words of Paddle's own trainers."""
+
+    sharding_stage: int = 1
+    sharding_degree: Optional[int] = None  # null or -1: over all processes; 1: not at all
+    sharding_offload: bool = False
+
+    def __post_init__(self) -> None:
+        if self.sharding_stage != 1:
+            raise ValueError(
+                f"sharding.sharding_stage ({self.sharding_stage}) must be 1: the optimizer's state is shared, "
+                "gradients and weights stay whole on every process"
+            )
+        if self.sharding_degree is not None and self.sharding_degree < 1 and self.sharding_degree != -1:
+            raise ValueError(
+                f"sharding.sharding_degree ({self.sharding_degree}) must be the number of processes, or -1"
+            )
+        if self.sharding_offload:
+            raise ValueError("sharding.sharding_offload (true): the state stays where the weights are: remove it")
+
+
+@dataclass
+class RecomputeSettings:
+    """``DistributedStrategy.recompute`` in PASSL's words."""
+
+    layerlist_interval: int = 1  # every so manieth block
+    names: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if self.layerlist_interval < 1:
+            raise ValueError(f"recompute.layerlist_interval ({self.layerlist_interval}) must be at least 1")
+        if self.names:
+            raise ValueError(f"recompute.names ({self.names}): whole blocks are recomputed, no other layers: remove it")
+
+
+@dataclass
+class DistributedSettings:
+    """The section ``DistributedStrategy``.
+
+    sharding: true: each process keeps its share of the optimizer's state. recompute: true: the backward computes the
+    inside of the backbone's blocks again; a number: so many of them; with a point, such as 0.5: that share of them.
+    """
+
+    data_parallel: bool = True
+    sharding: Union[bool, ShardingSettings] = False
+    recompute: Union[bool, int, float, RecomputeSettings] = False
+
+    def __post_init__(self) -> None:
+        if not self.data_parallel:
+            raise ValueError(
+                "data_parallel (false) must be true: several processes have no other way to share the work"
+            )
+        if isinstance(self.recompute, RecomputeSettings):
+            return
+        if self.recompute < 0 or (isinstance(self.recompute, float) and self.recompute > 1):
+            raise ValueError(
+                f"recompute ({self.recompute}) must be true, a number of blocks, or a share from 0.0 to 1.0"
+            )
+
+
 MODELS = Registry.union("model", METHODS, BACKBONES)
 
 
@@ -97,7 +160,7 @@ def schema(training: bool) -> dict[str, Any]:
         "Global": GlobalSettings,
         "Data": DataSettings,
         "FP16": {"level": Literal[LEVELS], "dtype": Literal[DTYPES], "GradScaler": GradScalerSettings},
-        "DistributedStrategy": {"data_parallel": bool},
+        "DistributedStrategy": DistributedSettings,
         "Model": Required(METHODS if training else MODELS),
         "Schedules": need({"lr": need(Component(SCHEDULES, ("timeline",))), "*": Component(SCHEDULES, ("timeline",))}),
         "Optimizer": need(Component(OPTIMIZERS, ("groups",))),

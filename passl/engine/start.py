@@ -18,6 +18,7 @@ from passl.engine.precision import Precision, in_full_precision
 from passl.engine.settings import GlobalSettings
 from passl.models.channels import inflate_state
 from passl.models.method import Method
+from passl.models.positions import resize_positions
 from passl.schedules import Timeline
 from passl.yaml_io import parse
 
@@ -29,7 +30,7 @@ _MAY_DIFFER = {f"Global.{key}" for key in ("checkpoint", "pretrained_model", "ou
 def load_start(settings: GlobalSettings, method: Method) -> None:
     """Pre-trained weights, or scratch."""
     if settings.pretrained_model:
-        load_pretrained(settings, method)
+        load_pretrained(settings, method, other_heads=True)
     elif method.needs_pretrained:
         logger.warning(
             "Global.pretrained_model is not given: %s trains on an untrained backbone", type(method).__name__
@@ -166,23 +167,48 @@ def resume_prefix(settings: GlobalSettings, store: CheckpointStore) -> Optional[
     return prefix
 
 
-def load_pretrained(settings: GlobalSettings, model: nn.Layer) -> bool:
-    """Weights of a whole method, of a backbone, or of a run that holds one, into ``model``; True for a whole method."""
+def load_pretrained(settings: GlobalSettings, model: nn.Layer, other_heads: bool = False) -> bool:
+    """Weights of a whole method, of a backbone, or of a run that holds one, into ``model``; True for a whole method.
+
+    other_heads: of a whole method whose heads have other shapes than those of ``model`` the backbone is taken.
+    """
     source, state = _read_pretrained(settings, model)
     wants_student = settings.checkpoint_key == "student" and any(key.startswith("student.") for key in state)
     is_whole = isinstance(model, Method) and set(state) == set(model.state_dict()) and not wants_student
-    if is_whole:
+    misfit = _misfit_beside_backbones(state, model) if is_whole and other_heads else ""
+    if is_whole and not misfit:
         layers = [model]
     else:
-        state = checkpoint.backbone_state(state, settings.checkpoint_key)
+        own, state = len(state), checkpoint.backbone_state(state, settings.checkpoint_key)
         layers = model.pretrained_layers() if isinstance(model, Method) else [model]
-    state, inflated = inflate_state(state, {name: one.shape for name, one in layers[0].state_dict().items()})
-    for what in inflated:
-        logger.info("%s: %s", source, what)
+        what = f"the {settings.checkpoint_key}'s backbone of it" if own > len(state) else "a backbone"
+    shapes = {name: one.shape for name, one in layers[0].state_dict().items()}
+    state, inflated = inflate_state(state, shapes)
+    state, resized = resize_positions(state, layers[0])
+    for done in (*inflated, *resized):
+        logger.info("%s: %s", source, done)
     for layer in layers:
         report = checkpoint.load_weights(layer, state, source)
     logger.info("%s: %s", source, report)
-    return is_whole
+    if isinstance(model, Method):
+        name = type(model).__name__
+        if layers == [model]:
+            logger.info("%s: a whole %s: what stands on the backbone, its heads, comes along", source, name)
+        else:
+            reason = f" ({misfit})" if misfit else ""
+            logger.info("%s: %s, for %s; its heads begin anew%s", source, what, name, reason)
+    return is_whole and not misfit
+
+
+def _misfit_beside_backbones(state: Mapping[str, Any], model: Method) -> str:
+    """The first array of a whole method that has another shape in ``model``, in none of its backbones; or nothing."""
+    backbones = [id(layer) for layer in model.pretrained_layers()]
+    below = tuple(f"{prefix}." for prefix, layer in model.named_sublayers() if id(layer) in backbones)
+    for name, target in model.state_dict().items():
+        found, wanted = list(state[name].shape), list(target.shape)
+        if found != wanted and not name.startswith(below):
+            return f"{name} is {found} in the file and {wanted} here"
+    return ""
 
 
 def _read_pretrained(settings: GlobalSettings, model: nn.Layer) -> tuple[Path, dict[str, Any]]:

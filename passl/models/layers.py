@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import functools
 import math
+from collections.abc import Iterator
 from typing import Optional
 
 import paddle
@@ -20,6 +23,19 @@ INIT_STD = 0.02
 NORMAL_002 = nn.initializer.Normal(std=INIT_STD)
 ZERO = nn.initializer.Constant(0.0)
 ONE = nn.initializer.Constant(1.0)
+
+
+_REPEATS = contextvars.ContextVar("whether this forward repeats one that was counted", default=False)
+
+
+@contextlib.contextmanager
+def repeating() -> Iterator[None]:
+    """Inside, batch norms leave their running statistics alone: they have seen this batch before."""
+    token = _REPEATS.set(True)
+    try:
+        yield
+    finally:
+        _REPEATS.reset(token)
 
 
 def torch_uniform(fan_in: int) -> nn.initializer.Initializer:
@@ -147,6 +163,8 @@ def _batch_norm(layer: nn.Layer, x: Tensor) -> Tensor:
         return F.batch_norm(x, layer._mean, layer._variance, layer.weight, layer.bias, epsilon=layer._epsilon)
     normalise = _normalise_by_all if distributed.world_size() > 1 else _normalise_by_own
     y, mean, variance = normalise(layer, x)
+    if _REPEATS.get():
+        return y
     with paddle.no_grad():
         for running, batch in ((layer._mean, mean), (layer._variance, variance)):
             running.set_value(layer._momentum * running + (1.0 - layer._momentum) * batch)

@@ -6,6 +6,8 @@ from typing import Any
 
 from paddle import Tensor, nn
 
+from passl.schedules import Schedule, Timeline
+
 
 class Method(nn.Layer):
     """Base of every algorithm with a gradient; the engine calls nothing else than what is named here.
@@ -26,13 +28,27 @@ class Method(nn.Layer):
         """Trainable parameters: [{"params": regularised, "weight_decay": 1.0}, {"params": rest, "weight_decay": 0.0}].
 
         Not regularised are biases and 1-D parameters, as in the official code. weight_decay is a factor on the
-        scheduled value.
+        scheduled value. Parameters with a share of their own (see `learning_rate_shares`) come in two such groups for
+        each share, with "learning_rate": the share.
         """
-        groups: dict[float, list[Tensor]] = {1.0: [], 0.0: []}
+        shares = self.learning_rate_shares()
+        groups: dict[tuple[float, float], list[Tensor]] = {(1.0, 1.0): [], (1.0, 0.0): []}
         for name, parameter in self.named_parameters():
             if not parameter.stop_gradient:
-                groups[1.0 if is_regularized(name, parameter.ndim) else 0.0].append(parameter)
-        return [{"params": params, "weight_decay": factor} for factor, params in groups.items()]
+                decay = 1.0 if is_regularized(name, parameter.ndim) else 0.0
+                groups.setdefault((shares.get(name, 1.0), decay), []).append(parameter)
+        return [
+            {"params": params, "weight_decay": decay, **({} if share == 1.0 else {"learning_rate": share})}
+            for (share, decay), params in groups.items()
+        ]
+
+    def learning_rate_shares(self) -> dict[str, float]:
+        """Factors on the scheduled learning rate, by parameter name, of parameters that do not take it as it is."""
+        return {}
+
+    def schedules(self, timeline: Timeline) -> dict[str, Schedule]:
+        """Schedules that follow from the method's own arguments, by the keyword of forward or after_step."""
+        return {}
 
     def after_backward(self, epoch: int) -> None:
         """Called once per optimizer step, when all gradients are there. epoch counts from 0."""

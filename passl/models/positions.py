@@ -5,11 +5,13 @@ Matrices, because F.interpolate rounds the scale to float32 even in float64, and
 
 from __future__ import annotations
 
-from typing import Literal, Union
+import math
+from collections.abc import Mapping
+from typing import Literal, Optional, Union
 
 import numpy as np
 import paddle
-from paddle import Tensor
+from paddle import Tensor, nn
 
 Array = Union[np.ndarray, Tensor]
 Mode = Literal["scale", "size", "antialias"]
@@ -38,6 +40,36 @@ def resize_matrix(mode: Mode, in_size: int, out_size: int, dtype: type) -> np.nd
         source = np.clip(index, 0, in_size - 1).astype(np.int64)
         np.add.at(matrix, (np.arange(out_size), source), _cubic(np.abs(center - index), -0.75))
     return matrix
+
+
+def resize_positions(state: Mapping[str, np.ndarray], model: nn.Layer) -> tuple[dict[str, np.ndarray], list[str]]:
+    """``state`` with the position embeddings of other square grids than those in ``model`` resized to these, as the
+    model's own transformers resize them to the images of that size; and what was done.
+    """
+    result, done = dict(state), []
+    for prefix, layer in model.named_sublayers(include_self=True):
+        name = f"{prefix}.pos_embed".lstrip(".")
+        if hasattr(layer, "pos_embed_mode") and name in state:
+            resized = _resized(state[name], tuple(layer.pos_embed.shape), layer.pos_embed_mode)
+            if resized is not None:
+                result[name] = resized
+                sides = [math.isqrt(value.shape[1] - 1) for value in (state[name], resized)]
+                done.append(f"{name} resized from a grid of {sides[0]} x {sides[0]} to {sides[1]} x {sides[1]}")
+    return result, done
+
+
+def _resized(positions: np.ndarray, shape: tuple[int, ...], mode: Mode) -> Optional[np.ndarray]:
+    """[1, 1 + in^2, D] -> [1, 1 + out^2, D], which is ``shape``; None if that is not all that differs."""
+    found = tuple(positions.shape)
+    if len(found) != 3 or found == shape or (found[0], found[2]) != (shape[0], shape[2]) or positions.dtype.kind != "f":
+        return None
+    in_size, out_size = math.isqrt(max(found[1] - 1, 0)), math.isqrt(shape[1] - 1)
+    if in_size < 1 or in_size**2 + 1 != found[1]:
+        return None
+    matrix = resize_matrix(mode, in_size, out_size, np.float32)
+    grid = positions[0, 1:].astype(np.float64).reshape(in_size, in_size, -1)
+    grid = np.einsum("ri,cj,ijd->rcd", matrix, matrix, grid).reshape(1, out_size**2, -1)
+    return np.concatenate([positions[:, :1], grid.astype(positions.dtype)], axis=1)
 
 
 def _antialias_matrix(in_size: int, out_size: int, dtype: type) -> np.ndarray:

@@ -7,6 +7,7 @@ import pytest
 from passl import checkpoint
 from passl.config import Config
 from passl.engine.start import differences
+from passl.log import read_metrics
 from tests.engine import tiny
 
 
@@ -57,6 +58,19 @@ def test_resume_refuses_other_data_and_tells_other_settings(folder, tmp_path):
     done = tiny.run(tiny.TRAIN, "-c", folder / "pretrain.yaml", *resume, *tiny.overrides(Schedules__lr__base=0.01))
     assert done.returncode == 0, done.stderr
     assert "differs from that of the checkpoint: Schedules.lr.base: 0.05 -> 0.01" in done.stderr
+
+
+def test_another_number_of_processes_is_told_how_to_go_on(folder, tmp_path):
+    """The same global batch gives the same samples in the same order (see test_distributed)."""
+    done = tiny.run(
+        tiny.TRAIN, "-c", folder / "pretrain.yaml", "-o", "Global.checkpoint=auto",
+        *tiny.overrides(DataLoader__Train__sampler__batch_size=2),
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert (
+        "It took 4 images per step on 1 process(es): on 1, go on with -o DataLoader.Train.sampler.batch_size=4"
+        in done.stderr
+    )
 
 
 def test_differences_of_configurations():
@@ -111,3 +125,98 @@ def test_home_is_expanded(folder, tmp_path):
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "runs/DINO/latest.pdparams").is_file()
     assert not (tmp_path / "~").exists()
+
+
+# Files beyond this size cannot be written, as if the disk were full; at the steps of `while`.
+FULL_DISK = """
+import resource, signal
+from passl.engine.hooks import LogHook
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+after_step = LogHook.after_step
+def fill(self, trainer):
+    limit = 3000 if {full} else resource.RLIM_INFINITY
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+    after_step(self, trainer)
+LogHook.after_step = fill
+"""
+
+
+def full_disk(folder, tmp_path, full):
+    code = FULL_DISK.format(full=full) + tiny.TRAIN
+    return tiny.run(code, "-c", folder / "pretrain.yaml", *tiny.overrides(Global__output_dir=tmp_path / "out"))
+
+
+def test_a_full_disk_costs_one_checkpoint_not_the_run(folder, tmp_path):
+    done = full_disk(folder, tmp_path, "trainer.step == 4")
+    assert done.returncode == 0, done.stderr
+    assert "checkpoint of step 4 was not saved" in done.stderr
+    assert "File too large" in done.stderr
+    whole = tiny.run(tiny.TRAIN, "-c", folder / "pretrain.yaml", *tiny.overrides(Global__output_dir=tmp_path / "whole"))
+    assert whole.returncode == 0, whole.stderr
+    tiny.assert_same_checkpoint(tmp_path / "whole/DINO/latest", tmp_path / "out/DINO/latest")
+    assert not list((tmp_path / "out").rglob("*.partial"))
+
+
+def test_a_disk_that_stays_full_keeps_the_last_whole_checkpoint(folder, tmp_path):
+    done = full_disk(folder, tmp_path, "trainer.step > 3")
+    assert done.returncode == 1, "the end of the run is not saved"
+    assert "error: [Errno 27]" in done.stderr
+    assert checkpoint.read_states(tmp_path / "out/DINO/latest")["step"] == 2
+    resumed = tiny.run(
+        tiny.TRAIN, "-c", folder / "pretrain.yaml",
+        *tiny.overrides(Global__output_dir=tmp_path / "out", Global__checkpoint="auto"),
+    )  # fmt: skip
+    assert resumed.returncode == 0, resumed.stderr
+
+
+# A clock that is set by years, forth and back, at every look.
+CLOCK = """
+import itertools, time
+real, jumps = time.time, itertools.cycle([0, 3e8, -3e8, 7, -7])
+time.time = lambda: real() + next(jumps)
+"""
+
+
+def test_a_clock_that_jumps_changes_nothing(folder, tmp_path):
+    runs = []
+    for name, code in (("plain", ""), ("jumps", CLOCK)):
+        options = tiny.overrides(Global__output_dir=tmp_path / name, DataLoader__Train__loader__num_workers=2)
+        done = tiny.run(code + tiny.TRAIN, "-c", folder / "pretrain.yaml", *options, "-o", "Global.use_visualdl=true")
+        assert done.returncode == 0, done.stderr
+        runs.append(tmp_path / name / "DINO")
+    tiny.assert_same_checkpoint(*(run / "latest" for run in runs))
+    rows = list(read_metrics(runs[1] / "metrics.jsonl"))
+    assert all(0 <= row["batch_cost"] < 60 and 0 <= row["data_wait"] <= 1 for row in rows)
+    resumed = tiny.run(
+        CLOCK + tiny.TRAIN, "-c", folder / "pretrain.yaml",
+        *tiny.overrides(Global__output_dir=tmp_path / "jumps", Global__checkpoint="auto", Global__epochs=3),
+    )  # fmt: skip
+    assert "at step 9" in resumed.stderr
+
+
+POWER_LOSS = """
+import os
+from passl import checkpoint
+count, replace = 0, os.replace
+def lose(source, target):
+    global count
+    count += 1
+    if count == {number}:
+        os._exit(9)  # nothing is tidied up
+    replace(source, target)
+os.replace = lose
+"""
+
+
+@pytest.mark.parametrize("number", [10, 12])
+def test_power_loss_while_saving(folder, tmp_path, number):
+    """A set is nine renames (three files, six links), the first one six. test_checkpoint cuts at all of them."""
+    options = tiny.overrides(Global__output_dir=tmp_path / "out")
+    lost = tiny.run(POWER_LOSS.format(number=number) + tiny.TRAIN, "-c", folder / "pretrain.yaml", *options)
+    assert lost.returncode == 9, lost.stderr
+    resumed = tiny.run(tiny.TRAIN, "-c", folder / "pretrain.yaml", *options, "-o", "Global.checkpoint=auto")
+    assert resumed.returncode == 0, resumed.stderr
+    assert "resuming" in resumed.stderr
+    assert any(f"at step {step} " in resumed.stderr for step in (2, 3, 4))
+    assert checkpoint.read_states(tmp_path / "out/DINO/latest")["step"] == 9
+    assert not list((tmp_path / "out").rglob("*.partial"))

@@ -153,3 +153,30 @@ def test_one_killed_process_ends_the_job(folder):
     output = job.communicate(timeout=60)[0]
     assert job.returncode != 0, output
     assert checkpoint.read_states(run / "latest")["step"] >= 2
+
+
+WORKER_KILLED_AT = """
+import os, signal
+from pathlib import Path
+from passl.engine.hooks import LogHook
+after_step = LogHook.after_step
+def kill(self, trainer):
+    after_step(self, trainer)
+    if trainer.step == 5:
+        for task in Path("/proc/self/task").iterdir():
+            for pid in (task / "children").read_text().split():
+                os.kill(int(pid), signal.SIGKILL)
+LogHook.after_step = kill
+"""
+
+
+def test_a_killed_data_worker_costs_no_step(folder, uninterrupted):
+    killed = train(folder, "worker", told=WORKER_KILLED_AT, workers=2)
+    assert killed.returncode == 1, killed.stderr
+    assert "was killed by signal 9 (SIGKILL)" in killed.stderr
+    saved = int(killed.stderr.split("the steps up to ")[1].split()[0])
+    assert saved >= 5, "no checkpoint was due there"
+    resumed = train(folder, "worker", "-o", "Global.checkpoint=auto", workers=2)
+    assert resumed.returncode == 0, resumed.stderr
+    assert f"at step {saved}" in resumed.stderr
+    tiny.assert_same_checkpoint(uninterrupted, folder / "worker/DINO/latest")

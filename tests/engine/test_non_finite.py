@@ -20,6 +20,7 @@ from passl.models.dino.method import MultiCropNetwork
 from passl.models.probe import LinearProbe
 from passl.models.vision_transformer import VisionTransformer
 from tests.engine import tiny
+from tests.engine.test_distributed import launch
 
 FLOATS = """
 Data: {{channels: 3, mean: [0, 0, 0], std: [1, 1, 1]}}
@@ -179,6 +180,48 @@ def test_unknown_policies_are_refused(folder):
     assert done.returncode == 2
     assert "Global.non_finite.policy" in done.stderr
     assert train(folder, "-o", "Global.non_finite.max_skipped=-1").returncode == 2
+
+
+ON_PROCESS_1 = """
+import os
+import paddle
+from passl.engine import run
+from passl.engine.roll_back import RollBack
+from passl.engine.trainer import Trainer
+from passl.models.vision_transformer import Block
+train_step, forward, hooks, now = Trainer.train_step, Block.forward, run._hooks, []
+def count(self, batch):
+    now[:] = [self.step]
+    train_step(self, batch)
+def spoil(self, x, *more):
+    bad = now and now[0] == 7 and os.environ["PADDLE_TRAINER_ID"] == "1"
+    return forward(self, x, *more) * (float("nan") if bad else 1)
+class Back:
+    def before_train(self, trainer): ...
+    def after_step(self, trainer):
+        if trainer.step == 5 and "lr_factor" not in trainer.progress:
+            raise RollBack("too far", progress={"lr_factor": 0.5})
+    def after_train(self, trainer): ...
+Trainer.train_step, Block.forward, run._hooks = count, spoil, lambda *more: [*hooks(*more), Back()]
+from passl.cli import train_main
+train_main()
+"""
+
+
+def test_processes_agree_on_steps_that_one_of_them_cannot_do(folder):
+    """One goes back with the other, and leaves the step out that is not finite on the other."""
+    job = folder / "job.py"
+    job.write_text(ON_PROCESS_1)
+    command = ["-c", folder / "floats.yaml", *tiny.overrides(DataLoader__Train__sampler__batch_size=2)]
+    skipped = launch(folder, job, *command, "-o", "Global.non_finite.policy=skip")
+    assert skipped.returncode == 0, skipped.stdout + skipped.stderr
+    states = checkpoint.read_states(folder / "out/DINO/latest")
+    assert (states["step"], states["progress"]["lr_factor"], states["progress"]["skipped_steps"]) == (12, 0.5, 1)
+    stopped = launch(folder, job, *command)
+    assert stopped.returncode != 0
+    log = "".join(path.read_text(errors="replace") for path in (folder / "launch").rglob("workerlog.0"))
+    assert "process 1: the first layer whose output is not finite is teacher.backbone.blocks.0" in log
+    assert "process 0:" not in log.split("not finite at step 7")[-1]
 
 
 class CastingPrecision(Precision):

@@ -107,11 +107,13 @@ def write_config(folder: Path, text: str, name: str) -> Path:
     return path
 
 
-def run(code: str, *arguments: str, cwd: Optional[Path] = None, **environment: str) -> subprocess.CompletedProcess:
-    """`python -c code arguments` in a process of its own."""
+def run(
+    code: str, *arguments: str, cwd: Optional[Path] = None, seconds: float = 300, **environment: str
+) -> subprocess.CompletedProcess:
+    """`python -c code arguments` in a process of its own, for so long at most."""
     command = [sys.executable, "-c", code, *map(str, arguments)]
     return subprocess.run(
-        command, cwd=cwd, env=process_environment(**environment), capture_output=True, text=True, timeout=300
+        command, cwd=cwd, env=process_environment(**environment), capture_output=True, text=True, timeout=seconds
     )
 
 

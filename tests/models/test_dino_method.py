@@ -10,6 +10,7 @@ from paddle import nn
 
 from passl.models import DINO, DINOHead, VisionTransformer
 from passl.models.dino.method import MultiCropNetwork
+from passl.schedules import Timeline
 from tests.models.weights import assert_close, load, to_torch
 
 
@@ -165,6 +166,36 @@ def test_frozen_last_layer_is_unknown_to_the_optimizer():
     step(epoch=0)
     assert all((state_of_last()[key] == value).all() for key, value in state.items())
     assert all((p.numpy() == old).all() for p, old in zip(last, frozen_again))
+
+
+@pytest.mark.smoke
+def test_a_frozen_backbone_is_as_in_evaluation_until_it_thaws():
+    paddle.seed(0)
+    method = tiny_method(freeze_backbone="3it")
+    schedule = method.schedules(Timeline(10, 5))["backbone_frozen"]
+    assert [schedule(step) for step in range(5)] == [1.0, 1.0, 1.0, 0.0, 0.0]
+    assert tiny_method().schedules(Timeline(10, 5)) == {}
+    batch = tiny_batch()
+
+    def loss(frozen: bool, seed: int) -> float:
+        paddle.seed(seed)
+        method.train()
+        value = method(batch, teacher_temp=0.04, backbone_frozen=float(frozen))["loss"]
+        value.backward()
+        method.after_backward(epoch=5)
+        return value.item()
+
+    assert loss(True, 1) == loss(True, 2)  # nothing is dropped
+    assert all(p.grad is None for p in method.student.backbone.parameters())
+    assert all(p.grad is not None for p in method.student.head.parameters())
+    assert loss(False, 1) != loss(False, 2)
+    assert method.student.backbone.training
+    assert method.student.backbone.blocks[0].drop_path.training
+    assert all(p.grad is not None for p in method.student.backbone.parameters())
+    method.eval()
+    method(batch, teacher_temp=0.04, backbone_frozen=1.0)
+    method(batch, teacher_temp=0.04)
+    assert not method.student.backbone.training
 
 
 def test_teacher_is_the_moving_average_of_parameters_only():
