@@ -64,7 +64,9 @@ def _outlive_this_process() -> None:
 
 
 def stop(error: Exception, code: int) -> None:
-    print(f"error: {error}", file=sys.stderr)
+    from passl.log import harmless
+
+    print(f"error: {harmless(str(error))}", file=sys.stderr)
     sys.exit(code)
 
 
