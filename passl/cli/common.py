@@ -94,7 +94,9 @@ def end_with_the_launcher() -> None:
 
 
 def stop(error: Exception, code: int) -> None:
-    print(f"error: {error}", file=sys.stderr)
+    from passl.log import harmless
+
+    print(f"error: {harmless(str(error))}", file=sys.stderr)
     sys.exit(code)
 
 

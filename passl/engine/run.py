@@ -53,6 +53,7 @@ def checked(config: Config, training: bool) -> Config:
         check(config, schema(training))
     except ConfigError as error:
         problems += error.problems
+    problems += build.path_problems(config)
     if problems:
         raise ConfigError(problems)
     build.strategy(config)

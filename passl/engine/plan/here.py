@@ -109,7 +109,7 @@ def _sized(job: Job, choices: Choices, found: Optional[dict[str, Any]]) -> tuple
         # Paddle alone is this large already.
         raise job.too_little(choices.design, own / MEMORY_SHARE, 1)
     batch = part = job.batch_size()
-    size, steps = batch, _MOST_STEPS
+    size, steps = batch, _guessed_steps(job, choices.design, batch)
     if found is not None:
         _check_time(job, choices, found)
         while part > 1 and estimate.predicted_peak(found, choices.batch_size, part) > limit:
@@ -132,6 +132,12 @@ def _sized(job: Job, choices: Choices, found: Optional[dict[str, Any]]) -> tuple
             raise job.too_little(choices.design, measured and measured["peak"] / MEMORY_SHARE, 1)
         job.say(f"  {problem}: half as many images at a time")
         part = math.ceil(part / 2)
+
+
+def _guessed_steps(job: Job, design: Design, batch: int) -> int:
+    """Of a trial without one before it; machines are some times slower than nominal ones."""
+    seconds = _FASTER * batch * design.nominal_seconds(replace(job.machine, processes=1))
+    return min(max(int(_TRIAL_SECONDS / seconds), 2 * _FEW_STEPS), _MOST_STEPS)
 
 
 def _check_operations(job: Job, design: Design) -> None:
