@@ -42,7 +42,9 @@ class Measuring:
         try:
             results = self._evaluate(trainer)
         except Exception:
-            self.checkpoints.save(trainer, is_best=False)  # what was trained up to here is not lost with the run
+            # What was trained up to here is not lost with the run, unless that takes the others, who may not be here.
+            if not trainer.optimizer.is_shared:
+                self.checkpoints.save(trainer, is_best=False)
             raise
         shown = ", ".join(f"{name}: {value:.5f}" for name, value in results.items())
         logger.info("[Eval][Epoch %d][Avg] %s, time: %.1f s", trainer.epoch + 1, shown, time.perf_counter() - started)
