@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 _SCORE = Path("/proc/self/oom_score_adj")
+_TIMED_IMAGES = 64
 _STATUS = "/proc/{}/status"
 
 
@@ -145,13 +146,12 @@ def _loading_rate(config: Any) -> float:
 
     loader = build.train_loader(config, 0)
     skipped = max(loader.num_workers, 1)  # these start together and say nothing about what follows
-    started, count = 0.0, 0
-    for number, batch in enumerate(loader.iterate(0, skipped + 2 * max(loader.num_workers, 1))):
-        if number == skipped - 1:
-            started = time.perf_counter()
-        elif number >= skipped:
-            count += len(batch["index"])
-    return count / max(time.perf_counter() - started, 1e-9)
+    wanted = max(2 * skipped, -(-_TIMED_IMAGES // loader.sampler.batch_size))
+    times, count = [], 0
+    for number, batch in enumerate(loader.iterate(0, skipped + wanted)):
+        times.append(time.perf_counter())
+        count += len(batch["index"]) if number >= skipped else 0
+    return count / max(times[-1] - times[skipped - 1], 1e-9)
 
 
 def _peak() -> float:
