@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import json
+import multiprocessing
 import os
 import resource
+import signal
 import sys
 import time
 import traceback
@@ -13,6 +15,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
+
+from passl.processes import end_with
 
 _SCORE = Path("/proc/self/oom_score_adj")
 _TIMED_IMAGES = 64
@@ -41,6 +45,8 @@ def main(trial: Trial, folder: Path) -> None:
     with (folder / "log.txt").open("w", encoding="utf-8") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
+        if not end_with(multiprocessing.parent_process().pid, signal.SIGKILL):
+            return
         if _SCORE.exists():
             _SCORE.write_text("1000", encoding="ascii")  # short of memory, the kernel ends this process, not another
         try:
