@@ -7,7 +7,7 @@ JOBS ?= 2
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-slow check
+.PHONY: demo test test-slow chaos check
 .DELETE_ON_ERROR:
 
 # The embedded quick start: minutes on two CPU cores.
@@ -19,6 +19,10 @@ test: $(READY)
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow $(ARGS)
+
+# Fifty kills in one training of two processes; other ones with CHAOS_SEED=1, fewer with CHAOS_KILLS=10.
+chaos: $(READY)
+	$(BIN)/python -m pytest -s -m slow tests/engine/test_chaos.py $(ARGS)
 
 check: $(READY)
 	$(BIN)/ruff check .

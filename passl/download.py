@@ -17,12 +17,13 @@ import secrets
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
+from email.message import Message
 from http.client import HTTPException, HTTPResponse
 from pathlib import Path
-from typing import BinaryIO, Optional
+from typing import IO, BinaryIO, Optional
 from urllib.error import HTTPError, URLError
 from urllib.parse import unquote, urlsplit
-from urllib.request import Request, urlopen
+from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 from tqdm import tqdm
 
@@ -37,6 +38,31 @@ logger = logging.getLogger("passl")
 
 class DownloadError(OSError):
     """A file that cannot be fetched, or is not what it should be; the text says why and what to do."""
+
+
+class _Redirects(HTTPRedirectHandler):
+    """Follows a server to another address over HTTPS; over HTTP only from HTTP, and never to anything else."""
+
+    def redirect_request(
+        self, req: Request, fp: IO[bytes], code: int, msg: str, headers: Message, newurl: str
+    ) -> Optional[Request]:
+        scheme = urlsplit(newurl).scheme
+        if scheme != "https" and not scheme == req.type == "http":
+            raise HTTPError(req.full_url, code, f"it leads to {newurl}, which is not HTTPS: refused", headers, fp)
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+def _opened(address: str, headers: dict[str, str]) -> HTTPResponse:
+    """The answer of the server.
+
+    Raises:
+        ValueError: an address that is not of the web.
+    """
+    if urlsplit(address).scheme not in ("http", "https"):
+        raise ValueError(f"{address}: only http and https addresses are fetched")
+    # Some servers refuse urllib's own name.
+    request = Request(address, headers={"User-Agent": "passl", **headers})
+    return build_opener(_Redirects).open(request, timeout=_TIMEOUT)
 
 
 def fetch(address: str, folder: Path, check: Callable[[Path], object]) -> Path:
@@ -90,9 +116,7 @@ def _download(address: str, file: Path, check: Callable[[Path], object]) -> None
 
 
 def _receive(address: str, partial: Path) -> None:
-    # Some servers refuse urllib's own name.
-    request = Request(address, headers={"User-Agent": "passl"})
-    with urlopen(request, timeout=_TIMEOUT) as response, partial.open("wb") as file:
+    with _opened(address, {}) as response, partial.open("wb") as file:
         _copy(response, file, _name(address), _length(response.headers.get("Content-Length")))
 
 
@@ -278,9 +302,8 @@ def _complete(address: str, partial: Path, md5: str) -> None:
 def _receive_rest(address: str, partial: Path) -> None:
     """Append what is missing; nothing if the server says that there is no more."""
     start = partial.stat().st_size
-    headers = {"User-Agent": "passl", **({"Range": f"bytes={start}-"} if start else {})}
     try:
-        response = urlopen(Request(address, headers=headers), timeout=_TIMEOUT)
+        response = _opened(address, {"Range": f"bytes={start}-"} if start else {})
     except HTTPError as error:
         if error.code == 416 and start:  # Range Not Satisfiable: it is complete, as the checksum will tell, or wrong
             return

@@ -15,6 +15,18 @@ from tqdm import tqdm
 logger = logging.getLogger("passl")
 
 
+def harmless(text: str) -> str:
+    """``text`` with escapes for what could steer a terminal: names of files may hold such characters."""
+    if text.isprintable():
+        return text
+    return "".join(char if char.isprintable() or char in "\n\t" else ascii(char)[1:-1] for char in text)
+
+
+class _Formatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return harmless(super().format(record))
+
+
 class _ConsoleHandler(logging.Handler):
     """Writes through tqdm, so that a log line does not tear the progress bar."""
 
@@ -35,7 +47,7 @@ class _FileHandler(logging.FileHandler):
 
 def setup(file: Optional[Path] = None, quiet: bool = False) -> None:
     """Send the log to stderr, and to ``file`` as well; ``quiet`` (every process but the first) keeps only errors."""
-    formatter = logging.Formatter("[%(asctime)s] %(name)s %(levelname)s: %(message)s", "%Y/%m/%d %H:%M:%S")
+    formatter = _Formatter("[%(asctime)s] %(name)s %(levelname)s: %(message)s", "%Y/%m/%d %H:%M:%S")
     handlers: list[logging.Handler] = [_ConsoleHandler()]
     if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -8,7 +8,9 @@ It is YAML 1.2's core rules, without tags, for values that a JSON file could hol
 
 from __future__ import annotations
 
+import itertools
 import re
+from collections.abc import Iterator
 from typing import Any, ClassVar, Optional
 
 import yaml
@@ -19,6 +21,7 @@ _INT = re.compile(r"^[-+]?[0-9]+$")
 _FLOAT = re.compile(
     r"^(?:[-+]?(?:\.[0-9]+|[0-9]+\.?[0-9]*)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
 )
+_MAX_VALUES = 1_000_000
 _STR_TAG, _MERGE_TAG = "tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"
 
 
@@ -53,6 +56,12 @@ class _Loader(yaml.SafeLoader):
                 raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
             first_lines[key.value] = key.start_mark.line + 1
         return node
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        super().flatten_mapping(node)
+        if len(node.value) > _MAX_VALUES:  # merged from mappings that were merged ...
+            problem = f"merging gives more than {_MAX_VALUES} keys"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
 
     def construct_int(self, node: yaml.ScalarNode) -> int:
         return int(self.construct_scalar(node))
@@ -96,7 +105,9 @@ def parse(text: str, source: str) -> Any:
         ConfigError: the text breaks the rules above; the message starts with `source`, line and column.
     """
     try:
-        return _detached(yaml.load(text, _Loader), ())
+        return _detached(yaml.load(text, _Loader), (), itertools.count(1))
+    except RecursionError:
+        raise ConfigError([f"{source}: nested too deeply"]) from None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
@@ -118,13 +129,19 @@ def show(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def _detached(value: Any, parents: tuple[int, ...]) -> Any:
-    """`value` with a copy in place of each alias, so that changing one place changes no other."""
+def _detached(value: Any, parents: tuple[int, ...], count: Iterator[int]) -> Any:
+    """`value` with a copy in place of each alias, so that changing one place changes no other.
+
+    Raises:
+        ValueError: it contains itself, or aliases of aliases make it grow beyond all measure.
+    """
+    if next(count) > _MAX_VALUES:
+        raise ValueError(f"more than {_MAX_VALUES} values, most of them copies of aliases")
     if not isinstance(value, (dict, list)):
         return value
     if id(value) in parents:
         raise ValueError("an alias contains itself")
     parents = (*parents, id(value))
     if isinstance(value, dict):
-        return {key: _detached(item, parents) for key, item in value.items()}
-    return [_detached(item, parents) for item in value]
+        return {key: _detached(item, parents, count) for key, item in value.items()}
+    return [_detached(item, parents, count) for item in value]

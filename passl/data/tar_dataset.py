@@ -198,9 +198,12 @@ def _cohorts(root: Path, column: np.ndarray) -> Iterator[tuple[int, str]]:
     names = read_names(path)
     for number in np.unique(column).tolist():
         try:
-            yield number, names[number]
+            name = names[number]
         except KeyError:
             raise TarError(f"{path} does not name tarball {number}, which the entries have") from None
+        if Path(name).name != name:
+            raise TarError(f"{path} names the tarball {printable(name)!r}, which is no name in its folder: refused")
+        yield number, name
 
 
 def _standard_names(prefix: Optional[str]) -> list[str]:

@@ -216,7 +216,7 @@ def join_indices(
     cohorts, joined = NamesBuilder(), []
     for number, stem in enumerate(stems):
         cohorts.add(number, stem.encode("utf-8", "surrogatepass"))
-        entries = np.load(root / entries_name(stem, suffix), mmap_mode="r")
+        entries = np.load(root / entries_name(stem, suffix), mmap_mode="r", allow_pickle=False)
         joined.append(np.pad(entries, ((0, 0), (0, 1)), constant_values=number))
     with replacing(root / COHORTS) as file:
         write_names(file, cohorts.build())

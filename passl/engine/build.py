@@ -84,6 +84,15 @@ def global_settings(config: Config) -> GlobalSettings:
     return GlobalSettings(**section)
 
 
+def path_problems(config: Mapping[str, Any]) -> list[str]:
+    """What is wrong with ``Global.name``, which becomes a folder in ``Global.output_dir``."""
+    section = config.get("Global")
+    name = section.get("name") if isinstance(section, Mapping) else None
+    if not isinstance(name, str) or (name.isprintable() and name not in ("", ".", "..") and not set(name) & set("/\\")):
+        return []
+    return [f"Global.name ({name!r}) must be the name of one folder, without '/': say where in Global.output_dir"]
+
+
 def model(config: Config) -> nn.Layer:
     """The Method or backbone of section ``Model``."""
     return component(config["Model"], MODELS, "Model")

@@ -20,6 +20,7 @@ from passl.data.loader import Loader
 from passl.engine.data_wait import DataWait, local_processes
 from passl.engine.trainer import Trainer
 from passl.log import Average, MetricsFile, duration
+from passl.models.functional import tensor_of
 
 logger = logging.getLogger("passl")
 
@@ -116,8 +117,8 @@ class LogHook:
         # A place for each process: the sum over processes is then a list of all.
         of_all = np.zeros((distributed.world_size(), len(shares)), np.float32)
         of_all[distributed.rank()] = shares
-        parts = [totals, paddle.to_tensor(counts), paddle.to_tensor(of_all.ravel())]
-        values = distributed.all_reduce_sum_(paddle.concat(parts)).tolist()
+        numbers = tensor_of(np.float32([*counts, *of_all.ravel()]))
+        values = distributed.all_reduce_sum_(paddle.concat([totals, numbers])).tolist()
         sums, (count, num_bad) = values[: len(names)], values[len(names) : len(names) + 2]
         if num_bad:
             loader.share_bad_samples(distributed.gather_objects)

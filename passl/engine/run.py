@@ -19,6 +19,7 @@ from passl.data import file_index
 from passl.data.loader import BadSamplesError
 from passl.data.workers import WorkerDiedError
 from passl.engine import build, data_section, start
+from passl.engine.diagnosis import DiagnosisHook, record_failure
 from passl.engine.early_stopping import deciding_evaluator
 from passl.engine.evaluation import EarlyStoppingHook, EvaluationHook, Measuring
 from passl.engine.feature_watch import KNNWatch, chosen_watch
@@ -26,6 +27,7 @@ from passl.engine.folder_lock import FolderInUseError, FolderLock
 from passl.engine.guard import GuardHook
 from passl.engine.hooks import CheckpointHook, LogHook
 from passl.engine.interruption import Interrupted, StopSignals
+from passl.engine.non_finite import NonFiniteLossError
 from passl.engine.passl_config import translate
 from passl.engine.plugins import load_plugins
 from passl.engine.roll_back import RollBack
@@ -51,6 +53,7 @@ def checked(config: Config, training: bool) -> Config:
         check(config, schema(training))
     except ConfigError as error:
         problems += error.problems
+    problems += build.path_problems(config)
     if problems:
         raise ConfigError(problems)
     build.strategy(config)
@@ -116,6 +119,9 @@ def _attempt(
         return trainer, error
     except (WorkerDiedError, BadSamplesError):
         _save_steps_done(trainer)
+        raise
+    except NonFiniteLossError as error:
+        record_failure(trainer, error)
         raise
     return trainer, None
 
@@ -204,6 +210,9 @@ def _hooks(
     checkpoints = CheckpointHook(store, save_interval, description)
     measuring = functools.partial(Measuring, log=log_hook, checkpoints=checkpoints, folder=store.folder)
     hooks: list[Hook] = [log_hook]
+    if settings.diagnose_every is not None:
+        interval = _steps(line, settings.diagnose_every, "epoch", "Global.diagnose_every")
+        hooks.append(DiagnosisHook(log_hook, interval, description["config"]))
     rule, guard, deciding, watch = settings.early_stopping, settings.guard, None, None
     if rule is not None:
         if not settings.eval_during_train:

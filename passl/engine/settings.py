@@ -20,7 +20,8 @@ from passl.registry import BACKBONES, DATASETS, EVALUATORS, METHODS, OPTIMIZERS,
 class GlobalSettings:
     """The section ``Global``.
 
-    Durations (``save_interval``, ``eval_interval``) are "2ep", "500it", "5%", or a bare number of epochs.
+    Durations (``save_interval``, ``eval_interval``, ``diagnose_every``) are "2ep", "500it", "5%", or a
+    bare number of epochs.
     """
 
     output_dir: str = "./output"
@@ -41,6 +42,7 @@ class GlobalSettings:
     early_stopping: Optional[EarlyStopping] = None  # by k-NN of teacher and student
     guard: Optional[Guard] = None  # over the features that a run starts with, by k-NN or by their drift
     non_finite: NonFinite = NonFinite()  # noqa: RUF009 (frozen); what to do about an infinite loss or gradient
+    diagnose_every: Optional[Union[int, float, str]] = "25it"  # the doctor's visits (docs/doctor.md); null: none
     print_batch_step: int = 10
     use_visualdl: bool = True
     flags: dict[str, Any] = field(default_factory=dict)  # paddle.set_flags
@@ -79,7 +81,6 @@ class LoaderSettings:
     num_workers: int = 4
     prefetch_factor: int = 2  # batches that each worker prepares in advance
     use_shared_memory: bool = True
-    prefetch_factor: int = 2  # batches that each worker prepares in advance
 
 
 @dataclass

@@ -19,6 +19,7 @@ from passl.engine.non_finite import NonFinite, NonFiniteLossError, explain
 from passl.engine.optim import Optimizer
 from passl.engine.precision import Precision
 from passl.engine.roll_back import RollBack
+from passl.models.functional import tensor_of
 from passl.models.layers import running_statistics
 from passl.models.method import Method
 from passl.schedules import Schedule, Timeline
@@ -309,10 +310,10 @@ def _micro_batches(batch: Batch, count: int) -> Iterator[tuple[dict[str, paddle.
 
 def _samples(value: Any, size: int, start: int, stop: int) -> paddle.Tensor:
     if stop - start == size:
-        return value if isinstance(value, paddle.Tensor) else paddle.to_tensor(value)
+        return value if isinstance(value, paddle.Tensor) else tensor_of(value)
     array = value.numpy() if isinstance(value, paddle.Tensor) else np.asarray(value)
     views = array.reshape(len(array) // size, size, *array.shape[1:])
-    return paddle.to_tensor(np.ascontiguousarray(views[:, start:stop]).reshape(-1, *array.shape[1:]))
+    return tensor_of(np.ascontiguousarray(views[:, start:stop]).reshape(-1, *array.shape[1:]))
 
 
 def _step_seed(seed: int, step: int, rank: int) -> int:

@@ -82,6 +82,8 @@ class RegionExtraction(Evaluator):
             raise ValueError(
                 f"remainder ({remainder!r}) must be refuse, crop or pad, and output ({output!r}) npy, npz or pt"
             )
+        if ".." in Path(folder).parts:
+            raise ValueError(f"folder ({folder!r}) must not lead out of the run's folder: without '..', or absolute")
         self.regions = relative_names(dataset)
         self.files = output_names(self.regions, f".{output}")
         self.dataset = dataset

@@ -66,6 +66,14 @@ class _NumpyUnpickler(pickle._Unpickler):  # the one in C makes lists as long as
         ("__builtin__", "bytes"): lambda: b"",  # those of an empty array
     }
 
+    def load_build(self) -> None:
+        # Anything else that a file can name, such as a function here, must stay as it is.
+        if not isinstance(self.stack[-2], (_Array, _Dtype)):
+            raise CheckpointError("the file changes something that is no array: refused")
+        super().load_build()
+
+    dispatch: ClassVar = {**pickle._Unpickler.dispatch, pickle.BUILD[0]: load_build}
+
     def find_class(self, module: str, name: str) -> Any:
         # numpy 1 pickles "numpy.core.multiarray", numpy 2 "numpy._core.multiarray".
         short = "multiarray" if module in ("numpy.core.multiarray", "numpy._core.multiarray") else module

@@ -59,6 +59,15 @@ class Method(nn.Layer):
     def after_skipped_step(self) -> None:
         """Called instead of after_backward and after_step when the step is left out: forget what forward kept."""
 
+    def observe(self) -> None:
+        """Asks to keep, detached, what the coming forward call computes, for :meth:`diagnostics`."""
+
+    def diagnostics(self) -> dict[str, float]:
+        """Numbers about what was kept since :meth:`observe`, over all processes, all of which must call it; then it is
+        forgotten. {}: there is nothing to tell.
+        """
+        return {}
+
     def pretrained_layers(self) -> list[nn.Layer]:
         """The backbones that start from `Global.pretrained_model`."""
         return [self.backbone]

@@ -221,7 +221,7 @@ class TokenTransformer(nn.Layer):
             return [matrix.astype(dtype) for matrix in symbolic_resize_matrices(mode, side, rows, columns)]
         precision = np.float64 if dtype == paddle.float64 else np.float32
         matrices = [resize_matrix(mode, side, size, precision) for size in (rows, columns)]
-        return [paddle.to_tensor(matrix).astype(dtype) for matrix in matrices]
+        return [functional.tensor_of(matrix).astype(dtype) for matrix in matrices]
 
 
 @BACKBONES.register()

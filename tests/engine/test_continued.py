@@ -78,8 +78,7 @@ def test_both_backbones_start_from_one(folder, form, key, origin):
         assert_equal(state, expected)
 
 
-@pytest.mark.smoke
-@pytest.mark.parametrize("form", ["first/DINO/latest", "official.pth"])
+@pytest.mark.parametrize("form", ["first/DINO/latest", pytest.param("official.pth", marks=pytest.mark.smoke)])
 def test_heads_of_the_same_shape_come_along(folder, form):
     """Each of the two networks then has its own backbone, and a frozen one keeps it."""
     out = f"whole_{form.replace('/', '_')}"
@@ -167,10 +166,11 @@ def test_killed_and_resumed_it_ends_the_same(folder, warmed_up, killed_at):
     tiny.assert_same_checkpoint(warmed_up / "latest", folder / out / "DINO/latest")
 
 
-@pytest.mark.smoke
-@pytest.mark.parametrize("clip_mode", ["each", "global"])
-def test_two_processes_warm_up_as_one(folder, clip_mode):
-    """Where data parallel training wants a gradient of every parameter; and in micro-batches."""
+@pytest.mark.parametrize(
+    ("clip_mode", "sharding"), [pytest.param("each", "true", marks=pytest.mark.smoke), ("global", "false")]
+)
+def test_two_processes_warm_up_as_one(folder, clip_mode, sharding):
+    """Where data parallel training wants a gradient of every parameter; in micro-batches; with a shared-out state."""
     values = {
         "Global__pretrained_model": folder / "first/DINO/latest",
         "Model__freeze_backbone": "3it",
@@ -179,6 +179,7 @@ def test_two_processes_warm_up_as_one(folder, clip_mode):
         "Global__max_train_step": 6,
         "Optimizer__clip_norm": 0.1,
         "Optimizer__clip_mode": clip_mode,
+        "DistributedStrategy__sharding": sharding,
         **OTHER,
     }
     runs = []

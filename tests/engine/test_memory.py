@@ -62,6 +62,6 @@ def test_five_thousand_steps(tmp_path):
     print(rows[0], settled[0], rows[-1], slopes)
     assert slopes["megabytes"] < 1, f"MB per thousand steps: {slopes}"
     assert slopes["worker_megabytes"] < 1, f"MB per thousand steps: {slopes}"
-    for key in ("files", "shared", "threads", "processes"):
-        assert abs(slopes[key]) < 0.5, f"{key} per thousand steps: {slopes}"
-    assert max(row["files"] for row in settled) <= settled[0]["files"] + 5
+    for key in ("files", "threads", "processes"):
+        assert {row[key] for row in settled} == {settled[0][key]}, f"{key} per thousand steps: {slopes}"
+    assert max(row["shared"] for row in rows) <= 12, "three arrays of at most two batches of two workers"

@@ -85,28 +85,14 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def _open(source: str) -> ImageSamples:
-    from passl.data.datasets import ImageList
-    from passl.data.tar_dataset import TarDataset
+    import passl.data  # noqa: F401  (fills the registry)
+    from passl.data.sources import dataset_of
+    from passl.registry import DATASETS
 
-    path = Path(source).expanduser()
-    if path.is_dir():
-        prefix = _tar_prefix(path)
-        # With channels .npy files are images; how many they are is told later.
-        return TarDataset(path, prefix) if prefix else ImageList(root=path, channels=1)
-    if path.is_file() and path.suffix.lower() in (".csv", ".txt", ".lst"):
-        return ImageList(list_file=path)
-    if path.is_file() and path.suffix.lower() == ".tar":
-        return TarDataset(path.resolve().parent, _tar_prefix(path.parent) or "pretrain", tarball=path.resolve())
-    what = "is no folder, list (.csv, .txt) or tarball" if path.exists() else "is not there"
-    raise ValueError(f"{source} {what}")
-
-
-def _tar_prefix(folder: Path) -> Optional[str]:
-    """The prefix of the index that `passl-data tar-index` wrote to `folder`; None where there is none."""
-    if (folder / "entries.npy").is_file() or (folder / "pretrain_entries.npy").is_file():
-        return "pretrain"
-    ending = "_entries.npy"
-    return next((path.name[: -len(ending)] for path in sorted(folder.glob(f"*{ending}"))), None)
+    spec = dataset_of(source)
+    if "root" in spec and spec["name"] == "ImageList":
+        spec["channels"] = 1  # with channels .npy files are images; how many they are is told later
+    return DATASETS.get(spec.pop("name"))(**spec)
 
 
 def _measured(images: Any, indices: Any, num_workers: int) -> tuple[ChannelStatistics, BadImages]:

@@ -49,7 +49,13 @@ class Hub:
         return {file.rfilename: file.size or 0 for file in info.siblings if file.rfilename.endswith(".parquet")}
 
     def fetch(self, name: str) -> Path:
-        """Download one file; what arrived of it before is kept, and known by the hub's library."""
+        """Download one file; what arrived of it before is kept, and known by the hub's library.
+
+        Raises:
+            HubError: also for a name that leads out of the folder.
+        """
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise HubError(f"{PAGE} names a file {name!r}, which leads out of {self._folder}: refused")
         arguments = {"repo_type": "dataset", "token": self._token, "local_dir": self._folder}
         if self._endpoint:
             arguments["endpoint"] = self._endpoint

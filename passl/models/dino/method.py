@@ -7,13 +7,14 @@ import inspect
 import logging
 import math
 from collections.abc import Sequence
-from typing import Callable
+from typing import Callable, Optional
 
 import paddle
 from paddle import Tensor, nn
 
 from passl import distributed
 from passl.models.dino.loss import DINOLoss
+from passl.models.dino.observation import Observation
 from passl.models.layer_rates import layer_rates
 from passl.models.layers import in_full_precision, learned_parameters
 from passl.models.method import Method
@@ -118,6 +119,7 @@ class DINO(Method):
         self.freeze_backbone = freeze_backbone
         self.backbone_lr = backbone_lr
         self.layer_decay = layer_decay
+        self._observation: Optional[Observation] = None
 
     @property
     def backbone(self) -> nn.Layer:
@@ -169,8 +171,22 @@ class DINO(Method):
         loss = self.dino_loss(self.student(crops), teacher_logits, teacher_temp)
         if self.student.frozen and distributed.world_size() > 1:
             # Data parallel training waits for the gradients of all parameters: these are zero, and cost next to none.
-            loss = loss + _zero_of(self.student.backbone).astype(loss.dtype)
+            loss = loss + _zero_of(self.student.backbone, loss.dtype)
         return {"loss": loss}
+
+    def observe(self) -> None:
+        if self._observation is not None:  # of a step that was left out
+            self._observation.end()
+        self._observation = Observation(self.student, self.teacher, self.dino_loss)
+
+    def diagnostics(self) -> dict[str, float]:
+        """See docs/doctor.md for what each number means."""
+        if self._observation is None:
+            return {}
+        numbers = self._observation.numbers()
+        self._observation.end()
+        self._observation = None
+        return numbers
 
     def after_backward(self, epoch: int) -> None:
         """Drops the gradients of the student's last layer in the first epochs, and those of a frozen backbone."""
@@ -203,7 +219,7 @@ def _drop_gradients(layer: nn.Layer) -> None:
         parameter.clear_gradient(False)  # set_to_zero, which Paddle ignores as a keyword
 
 
-def _zero_of(layer: nn.Layer) -> Tensor:
-    """A scalar 0 that depends on every trainable parameter of ``layer``."""
+def _zero_of(layer: nn.Layer, dtype: paddle.dtype) -> Tensor:
+    """A scalar 0 that depends on every trainable parameter of ``layer``, whatever its type."""
     trainable = [parameter for parameter in layer.parameters() if not parameter.stop_gradient]
-    return paddle.add_n([(parameter * 0.0).sum() for parameter in trainable])
+    return paddle.add_n([(parameter * 0.0).sum().astype(dtype) for parameter in trainable])

@@ -1,0 +1,143 @@
+"""Rules over the loss alone: of logs that hold nothing else. Each takes a run with a curve of at least one row."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from typing import Callable, Optional
+
+from passl.doctor import advice
+from passl.doctor.finding import DATA_BOUND, NOT_LEARNING, ONE_HOT, UNIFORM, UNSTABLE, Finding
+from passl.doctor.runs import Row, Run, values
+
+MIN_EPOCHS = 3  # of a plateau
+_MIN_STEPS = 200
+_MIN_ROWS = 3
+_NEAR, _NEAR_GUESSED = 0.02, 0.01  # nats from ln K, with K known and not
+_SHARE_OF_HIGHEST = 0.7  # no loss of a run without learning lies far above ln K
+_ZERO = 0.05  # nats
+_FLAT = 0.002  # spread of a loss that stands still, as a share of it
+_JUMP = 1.5
+
+
+def not_finite(run: Run) -> Optional[Finding]:
+    if run.failure:
+        return Finding(UNSTABLE, (run.failure,), tuple(advice.against_instability(run)))
+    bad = next((row for row in run.curve if not math.isfinite(row["loss"])), None)
+    if bad is None:
+        return None
+    evidence = f"{_place(run, bad)}: the loss is {bad['loss']}"
+    return Finding(UNSTABLE, (evidence,), tuple(advice.against_instability(run)))
+
+
+def uniform(run: Run) -> Optional[Finding]:
+    """A plateau at ln K. Runs start there: it has to last, or to be come back to."""
+    if run.has_labels:
+        return None
+    candidates = [run.out_dim] if run.out_dim else plausible_out_dims()
+    near = _NEAR if run.out_dim else _NEAR_GUESSED
+    last = run.curve[-1]["loss"]
+    out_dim = min(candidates, key=lambda one: abs(math.log(one) - last))
+    rows = _trailing(run.curve, lambda row: abs(row["loss"] - math.log(out_dim)) <= near)
+    if not _is_long(run, rows) or _falls(rows):
+        return None
+    level = statistics.mean(row["loss"] for row in rows)
+    if not run.out_dim and level < _SHARE_OF_HIGHEST * max(row["loss"] for row in run.curve):
+        return None  # a run that came down this far has learned
+    evidence = [
+        f"the loss stays at {level:.4f} from {_place(run, rows[0])} to {_place(run, rows[-1])}: "
+        f"ln {out_dim} is {math.log(out_dim):.4f}, the loss of a uniform answer of {out_dim} prototypes"
+    ]
+    if not run.out_dim:
+        evidence.append(f"the log does not name the number of prototypes; --out-dim says it, if it was not {out_dim}")
+    return Finding(UNIFORM, tuple(evidence), tuple(advice.against_uniform(run, {})))
+
+
+def plausible_out_dims() -> list[int]:
+    """Numbers of prototypes that people use: powers of two, and round numbers."""
+    powers = [2**power for power in range(8, 19)]
+    return sorted({*powers, *range(1000, 10000, 1000), *range(10000, 100001, 10000)})
+
+
+def one_hot(run: Run) -> Optional[Finding]:
+    if run.has_labels:
+        return None
+    rows = _trailing(run.curve, lambda row: row["loss"] <= _ZERO)
+    if len(rows) < 2 or not (_is_long(run, rows) or rows[-1]["loss"] < _ZERO / 10):
+        return None
+    since = f"since {_place(run, rows[0])} the loss is near 0, now {rows[-1]['loss']:.4f}"
+    evidence = f"{since}: all images get the same prototype"
+    return Finding(ONE_HOT, (evidence,), tuple(advice.against_one_hot(run)))
+
+
+def jumps(run: Run) -> Optional[Finding]:
+    """The loss leaps up, and stays up or leaps again."""
+    losses = [row["loss"] for row in run.curve]
+    if len(losses) < 4:
+        return None
+    lowest, leaps = losses[0], []
+    for before, row in zip(losses, run.curve[1:]):
+        lowest = min(lowest, before)
+        if row["loss"] > _JUMP * before and row["loss"] > _JUMP * lowest and row["loss"] - before > 1:
+            leaps.append((before, row))
+    is_up = losses[-1] > max(2 * min(losses), losses[0] * 1.2)
+    if len(leaps) < 2 and not (leaps and is_up):
+        return None
+    evidence = [f"{_place(run, row)}: loss from {before:.3f} to {row['loss']:.3f}" for before, row in leaps[:3]]
+    return Finding(UNSTABLE, tuple(evidence), tuple(advice.against_instability(run)))
+
+
+def flat(run: Run) -> Optional[Finding]:
+    """From the first row to the last one level, which is not that of a uniform answer."""
+    losses = values(run.curve, "loss")
+    spread = max(losses) - min(losses)
+    if not _is_long(run, run.curve) or len(losses) < 2 * _MIN_ROWS or spread > _FLAT * abs(statistics.mean(losses)):
+        return None
+    evidence = [f"the loss stays between {min(losses):.4f} and {max(losses):.4f} from the first row to the last"]
+    rates = values(run.curve, "lr")
+    if rates and max(rates) == 0:
+        evidence.append("the learning rate is 0")
+    return Finding(NOT_LEARNING, tuple(evidence), tuple(advice.against_rest(run)))
+
+
+def data_bound(run: Run) -> Optional[Finding]:
+    waits = values(run.curve[len(run.curve) // 2 :], "data_wait")
+    if len(waits) < _MIN_ROWS or statistics.median(waits) < 0.5:
+        return None
+    evidence = f"{statistics.median(waits):.0%} of the time passes waiting for data"
+    return Finding(DATA_BOUND, (evidence,), tuple(advice.against_waiting(run)))
+
+
+RULES: tuple[Callable[[Run], Optional[Finding]], ...] = (not_finite, uniform, one_hot, jumps, flat, data_bound)
+
+
+def _is_long(run: Run, rows: Sequence[Row]) -> bool:
+    """Long enough to be more than a start or a passage."""
+    if len(rows) < _MIN_ROWS:
+        return False
+    if run.is_by_epoch:
+        return len(rows) >= max(MIN_EPOCHS, 0.05 * len(run.curve))
+    length = rows[-1]["step"] - rows[0]["step"]
+    return length >= max(_MIN_STEPS, 0.1 * run.curve[-1]["step"])
+
+
+def _falls(rows: Sequence[Row]) -> bool:
+    """Whether each third of the rows lies lower than the one before: a passage, not a plateau."""
+    third = len(rows) // 3
+    parts = (rows[:third], rows[third:-third], rows[-third:])
+    levels = [statistics.mean(row["loss"] for row in part) for part in parts]
+    return levels[0] - levels[2] > 0.004 and levels[0] > levels[1] > levels[2]
+
+
+def _trailing(rows: Sequence[Row], holds: Callable[[Row], bool]) -> list[Row]:
+    found: list[Row] = []
+    for row in reversed(rows):
+        if not holds(row):
+            break
+        found.append(row)
+    return found[::-1]
+
+
+def _place(run: Run, row: Row) -> str:
+    return f"epoch {row['epoch']:g}" if run.is_by_epoch and "epoch" in row else f"step {row.get('step', 0):g}"

@@ -1,0 +1,149 @@
+"""Runs from what they left behind: our folders, the official code's log.txt, and logs with PASSL's lines."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Optional
+
+from passl.doctor.runs import Run, flattened, out_dim_of
+from passl.yaml_io import ConfigError, parse
+
+METRICS, CONFIG, OFFICIAL_LOG, TRAIN_LOG = "metrics.jsonl", "config.yaml", "log.txt", "train.log"
+PHASE = "doctor"
+_LINE = re.compile(r"\[Train\]\[Epoch (\d+)/\d+\]\[Iter: (\d+)/(\d+)\]\s*(.*)")
+_NUMBER = re.compile(r"(\w+): ([-+]?(?:nan|inf|[\d.]+(?:[eE][-+]?\d+)?))(?: |,|$)")
+
+
+class UnreadableRunError(ValueError):
+    """Nothing that can be diagnosed: missing, empty, or another kind of file."""
+
+
+def read_run(path: Path, out_dim: Optional[int] = None) -> Run:
+    """The run that `path`, a folder or one of its files, describes.
+
+    Args:
+        out_dim: number of prototypes, if the file does not tell; it overrides what the file tells.
+
+    Raises:
+        UnreadableRunError: with what was expected.
+    """
+    file = _file_of(path)
+    try:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UnreadableRunError(f"{file}: not UTF-8 text; {_EXPECTED}") from error
+    except OSError as error:
+        raise UnreadableRunError(f"{file}: {error.strerror}") from error
+    if not text.strip():
+        raise UnreadableRunError(f"{file}: empty: the run has not written anything yet")
+    run = _from_lines(file, text) if _LINE.search(text) else _from_json(file, text)
+    if out_dim is not None:
+        run.out_dim = out_dim
+    return run
+
+
+_EXPECTED = (
+    f"expected the folder of a run (with {METRICS}), a {METRICS}, a {OFFICIAL_LOG} of the official code "
+    '({"train_loss": ..., "epoch": ...} on each line), or a log with lines [Train][Epoch 1/100][Iter: 0/1251] ... loss:'
+)
+
+
+def _file_of(path: Path) -> Path:
+    if not path.exists():
+        raise UnreadableRunError(f"{path}: no such file or folder")
+    if not path.is_dir():
+        return path
+    for name in (METRICS, OFFICIAL_LOG, TRAIN_LOG):
+        if (path / name).is_file():
+            return path / name
+    below = sorted(file.parent for file in path.glob(f"*/{METRICS}"))
+    hint = f"; did you mean {', '.join(map(str, below[:5]))}?" if below else f"; {_EXPECTED}"
+    raise UnreadableRunError(f"{path}: holds no {METRICS}, {OFFICIAL_LOG} or {TRAIN_LOG}{hint}")
+
+
+def _from_json(file: Path, text: str) -> Run:
+    rows = list(_json_rows(file, text))
+    ours = [row for row in rows if isinstance(row.get("phase"), str) and _is_number(row.get("step"))]
+    if ours:
+        return _ours(file, ours)
+    official = [row for row in rows if _is_number(row.get("train_loss"))]
+    if official:
+        return _official(official)
+    raise UnreadableRunError(f"{file}: no row has a loss; {_EXPECTED}")
+
+
+def _json_rows(file: Path, text: str) -> Iterable[dict[str, Any]]:
+    """NaN and Infinity are numbers here, as Python writes them."""
+    lines = text.splitlines()
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (json.JSONDecodeError, RecursionError) as error:
+            if number == len(lines) and number > 1:  # cut off while it was written
+                return
+            raise UnreadableRunError(f"{file}: line {number} is no JSON object; {_EXPECTED}") from error
+        if not isinstance(row, dict):
+            raise UnreadableRunError(f"{file}: line {number} is no JSON object; {_EXPECTED}")
+        yield row
+
+
+def _ours(file: Path, rows: list[dict[str, Any]]) -> Run:
+    settings = _settings(file.with_name(CONFIG))
+    train = [row for row in rows if row["phase"] == "train" and _is_number(row.get("loss"))]
+    visits = [row for row in rows if row["phase"] == PHASE]
+    if not train and not visits:
+        raise UnreadableRunError(f"{file}: no row of the phases train or {PHASE} has a loss")
+    run = Run(curve=train, settings=settings, out_dim=out_dim_of(settings))
+    run.has_labels = settings.get("Model.name", "DINO") != "DINO" or any("top1" in row for row in train)
+    for row in visits:
+        run.add(row)
+    return run
+
+
+def _settings(file: Path) -> dict[str, Any]:
+    """Of the run's configuration; {} without one that can be read: the verdict does without."""
+    try:
+        config = parse(file.read_text(encoding="utf-8"), str(file))
+    except (OSError, UnicodeDecodeError, ConfigError):
+        return {}
+    return flattened(config) if isinstance(config, dict) else {}
+
+
+def _official(rows: list[dict[str, Any]]) -> Run:
+    by_epoch: dict[float, dict[str, Any]] = {}
+    for number, row in enumerate(rows):
+        epoch = row["epoch"] if _is_number(row.get("epoch")) else number
+        by_epoch[epoch] = {  # a resumed run writes some epochs again
+            "epoch": epoch,
+            "loss": float(row["train_loss"]),
+            **{ours: row[theirs] for ours, theirs in _OFFICIAL_NAMES if _is_number(row.get(theirs))},
+        }
+    has_labels = any("test_acc1" in row or "test_loss" in row for row in rows)
+    curve = [by_epoch[epoch] for epoch in sorted(by_epoch)]
+    return Run(curve=curve, is_by_epoch=True, is_official=True, has_labels=has_labels)
+
+
+_OFFICIAL_NAMES = (("lr", "train_lr"), ("weight_decay", "train_wd"))
+
+
+def _from_lines(file: Path, text: str) -> Run:
+    rows = []
+    for epoch, place, length, rest in _LINE.findall(text):
+        numbers = {name: float(value) for name, value in _NUMBER.findall(rest)}
+        if "loss" in numbers:
+            step = (int(epoch) - 1) * int(length) + int(place) + 1
+            rows.append({"step": step, "epoch": int(epoch), **numbers})
+    if not rows:
+        raise UnreadableRunError(f"{file}: no line [Train][Epoch ...][Iter: ...] has a loss; {_EXPECTED}")
+    settings = _settings(file.with_name(CONFIG))
+    has_labels = any("CELoss" in row or "top1" in row for row in rows)
+    return Run(curve=rows, settings=settings, out_dim=out_dim_of(settings), has_labels=has_labels)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
