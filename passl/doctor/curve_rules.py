@@ -15,6 +15,7 @@ MIN_EPOCHS = 3  # of a plateau
 _MIN_STEPS = 200
 _MIN_ROWS = 3
 _NEAR, _NEAR_GUESSED = 0.02, 0.01  # nats from ln K, with K known and not
+_NOISE = 0.04  # nats that single rows may lie off where their mean does not: of a K that is told, or a power of two
 _SHARE_OF_HIGHEST = 0.7  # no loss of a run without learning lies far above ln K
 _ZERO = 0.05  # nats
 _FLAT = 0.002  # spread of a loss that stands still, as a share of it
@@ -39,8 +40,8 @@ def uniform(run: Run) -> Optional[Finding]:
     near = _NEAR if run.out_dim else _NEAR_GUESSED
     last = run.curve[-1]["loss"]
     out_dim = min(candidates, key=lambda one: abs(math.log(one) - last))
-    rows = _trailing(run.curve, lambda row: abs(row["loss"] - math.log(out_dim)) <= near)
-    if not _is_long(run, rows) or _falls(rows):
+    rows = _plateau(run, out_dim, near)
+    if not rows:
         return None
     level = statistics.mean(row["loss"] for row in rows)
     if not run.out_dim and level < _SHARE_OF_HIGHEST * max(row["loss"] for row in run.curve):
@@ -52,6 +53,22 @@ def uniform(run: Run) -> Optional[Finding]:
     if not run.out_dim:
         evidence.append(f"the log does not name the number of prototypes; --out-dim says it, if it was not {out_dim}")
     return Finding(UNIFORM, tuple(evidence), tuple(advice.against_uniform(run, {})))
+
+
+def _plateau(run: Run, out_dim: int, near: float) -> Sequence[Row]:
+    """The last rows, if they stay at ln K for long; a noisy plateau is longer, and its mean lies there."""
+    level = math.log(out_dim)
+    rows = _trailing(run.curve, lambda row: abs(row["loss"] - level) <= near)
+    if _is_long(run, rows):
+        return [] if _falls(rows) else rows
+    if run.out_dim is None and out_dim & (out_dim - 1):
+        return []
+    rows = _trailing(run.curve, lambda row: abs(row["loss"] - level) <= _NOISE)
+    if len(rows) < 3 * _MIN_ROWS or not _is_long(run, rows) or _falls(rows):
+        return []
+    half = len(rows) // 2
+    halves = [statistics.mean(row["loss"] for row in part) for part in (rows[:half], rows[half:])]
+    return rows if all(abs(mean - level) <= near / 2 for mean in halves) else []
 
 
 def plausible_out_dims() -> list[int]:

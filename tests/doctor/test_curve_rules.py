@@ -75,6 +75,20 @@ def test_other_verdicts(tmp_path, losses, verdict) -> None:
     assert finding.advice
 
 
+@pytest.mark.parametrize("out_dim", [4096, 65536])
+@pytest.mark.parametrize("told", [False, True])
+def test_a_noisy_plateau(tmp_path, out_dim, told) -> None:
+    """Some epochs lie further off, their mean does not."""
+    plateau = (math.log(out_dim) + noise(60, 0.01)).tolist()
+    assert found(tmp_path, [11.3, 10.2, 9.9, *plateau], out_dim if told else None).verdict == "uniform collapse"
+
+
+def test_advice_names_flags_as_they_are(tmp_path) -> None:
+    advice = found(tmp_path, [8.3178] * 5).advice
+    assert "--norm_last_layer: true" in advice
+    assert "--use_bn_in_head: true, where the run is short or the network small" in advice
+
+
 HEALTHY = {
     "one epoch": [11.09],
     "two epochs at the start": [11.0903, 11.0901],
@@ -83,6 +97,8 @@ HEALTHY = {
     "passes it slowly": [8.3278 - 0.0015 * epoch for epoch in range(14)],
     "as published": [11.0, 9.5, 8.1, 7.0, *(2.5 + 4.5 * math.exp(-epoch / 25) for epoch in range(300))],
     "flat at the end": [11.0, 9.5, 8.1, *(5.5452 + 4 * math.exp(-epoch / 5) for epoch in range(100))],
+    "noisy near ln 4096, and falling": (8.34 - np.linspace(0, 0.05, 40) + noise(40, 0.005)).tolist(),
+    "noisy beside ln 4096": (8.333 + noise(40, 0.01)).tolist(),
     "noisy": (4.0 + noise(50, 0.2)).tolist(),
     "grows as the teacher sharpens": [5.59, 5.78, 6.1, 6.3, 6.2, 6.0],
 }

@@ -55,6 +55,20 @@ def test_official_logs(tmp_path) -> None:
     assert [row["epoch"] for row in read_run(file).curve] == [0, 1]
 
 
+def test_a_line_that_a_kill_cut_off_is_left_out(tmp_path) -> None:
+    """The run that resumes writes on behind it."""
+    lines = ['{"train_loss": 3.0, "epoch": 0}', '{"train_lo{"train_loss": 2.0, "epoch": 1}', '{"train_loss": 1.0}']
+    (tmp_path / "log.txt").write_text("\ufeff" + "\n".join(lines), encoding="utf-8")
+    run = read_run(tmp_path)
+    assert [row["loss"] for row in run.curve] == [3.0, 1.0]
+    assert run.left_out == [2]
+
+
+def test_epochs_are_finite(tmp_path) -> None:
+    (tmp_path / "log.txt").write_text('{"train_loss": 2.0, "epoch": NaN}\n{"train_loss": 1.0, "epoch": 1e999}\n')
+    assert [row["epoch"] for row in read_run(tmp_path).curve] == [0, 1]
+
+
 def test_recorded_official_logs(reference) -> None:
     for file in reference.glob("*_log.txt"):
         run = read_run(file)
@@ -84,8 +98,8 @@ def test_logs_with_passls_lines(tmp_path) -> None:
         (b" \n\n", "empty"),
         (b"\x89PNG\r\n\x1a\n\x00\xff", "not UTF-8 text"),
         (b"hello\nworld\n", "line 1 is no JSON object"),
-        (b'{"train_loss": 1.0}\n{"train_l\n{"train_loss": 1.0}\n', "line 2 is no JSON object"),
-        (b'{"train_loss": 1.0}\n[1, 2]\n{"train_loss": 1.0}\n', "line 2 is no JSON object"),
+        (b'{"train_loss": 1.0}\n{"train_l\n[1, 2]\n', "line 2 is no JSON object"),
+        (b'{"train_loss": %s}\n' % (b"9" * 400), "no row has a loss"),
         (b'{"a": 1}\n', "no row has a loss"),
         (b'{"train_loss": "low"}\n', "no row has a loss"),
         (b'{"step": 1, "phase": "eval", "knn": 3.0}\n', "no row of the phases train or doctor has a loss"),
