@@ -59,8 +59,8 @@ def _plateau(run: Run, out_dim: int, near: float) -> Sequence[Row]:
     """The last rows, if they stay at ln K for long; a noisy plateau is longer, and its mean lies there."""
     level = math.log(out_dim)
     rows = _trailing(run.curve, lambda row: abs(row["loss"] - level) <= near)
-    if _is_long(run, rows):
-        return [] if _falls(rows) else rows
+    if _is_long(run, rows) and not _falls(rows):
+        return rows
     if run.out_dim is None and out_dim & (out_dim - 1):
         return []
     rows = _trailing(run.curve, lambda row: abs(row["loss"] - level) <= _NOISE)
@@ -81,7 +81,8 @@ def one_hot(run: Run) -> Optional[Finding]:
     if run.has_labels:
         return None
     rows = _trailing(run.curve, lambda row: row["loss"] <= _ZERO)
-    if len(rows) < 2 or not (_is_long(run, rows) or rows[-1]["loss"] < _ZERO / 10):
+    # No run passes here, or starts here: it need not last.
+    if len(rows) < 2 or not (len(rows) >= _MIN_ROWS or rows[-1]["loss"] < _ZERO / 10):
         return None
     since = f"since {_place(run, rows[0])} the loss is near 0, now {rows[-1]['loss']:.4f}"
     evidence = f"{since}: all images get the same prototype"
@@ -144,7 +145,9 @@ def _falls(rows: Sequence[Row]) -> bool:
     third = len(rows) // 3
     parts = (rows[:third], rows[third:-third], rows[-third:])
     levels = [statistics.mean(row["loss"] for row in part) for part in parts]
-    return levels[0] - levels[2] > 0.004 and levels[0] > levels[1] > levels[2]
+    spread = [statistics.pvariance([row["loss"] for row in part]) / len(part) for part in parts]
+    by_chance = 3 * math.sqrt(spread[0] + spread[2])
+    return levels[0] - levels[2] > max(0.004, by_chance) and levels[0] > levels[1] > levels[2]
 
 
 def _trailing(rows: Sequence[Row], holds: Callable[[Row], bool]) -> list[Row]:

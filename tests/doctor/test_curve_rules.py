@@ -77,10 +77,17 @@ def test_other_verdicts(tmp_path, losses, verdict) -> None:
 
 @pytest.mark.parametrize("out_dim", [4096, 65536])
 @pytest.mark.parametrize("told", [False, True])
-def test_a_noisy_plateau(tmp_path, out_dim, told) -> None:
+@pytest.mark.parametrize("seed", range(8))
+def test_a_noisy_plateau(tmp_path, out_dim, told, seed) -> None:
     """Some epochs lie further off, their mean does not."""
-    plateau = (math.log(out_dim) + noise(60, 0.01)).tolist()
+    plateau = (math.log(out_dim) + 0.01 * np.random.default_rng(seed).standard_normal(60)).tolist()
     assert found(tmp_path, [11.3, 10.2, 9.9, *plateau], out_dim if told else None).verdict == "uniform collapse"
+
+
+def test_a_short_run_near_0_is_one_hot(tmp_path) -> None:
+    rows = [{"step": step, "phase": "train", "loss": max(5 - step / 20, 0.011)} for step in range(1, 160, 10)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert diagnose(read_run(tmp_path)).verdict == "one-hot collapse"
 
 
 def test_advice_names_flags_as_they_are(tmp_path) -> None:
