@@ -67,7 +67,7 @@ def _file_of(path: Path) -> Path:
 
 def _from_json(file: Path, text: str) -> Run:
     rows, left_out = _json_rows(file, text)
-    ours = [row for row in rows if isinstance(row.get("phase"), str) and _is_number(row.get("step"))]
+    ours = [row for row in map(_readable, rows) if isinstance(row.get("phase"), str) and "step" in row]
     if ours:
         run = _ours(file, ours)
         run.left_out = left_out
@@ -81,10 +81,10 @@ def _from_json(file: Path, text: str) -> Run:
 
 
 def _json_rows(file: Path, text: str) -> tuple[list[dict[str, Any]], list[int]]:
-    """The JSON objects, and the numbers of the lines before the last that are none. NaN and Infinity are numbers here, as Python writes
-    them.
+    """The JSON objects, and the numbers of the lines before the last that are none. NaN and Infinity are numbers here,
+    as Python writes them.
 
-    A process that is killed leaves half a line, and the one that resumes writes on behind it: a few lines may be broken.
+    A process that is killed leaves half a line, and the one that resumes writes on behind it: a few may be broken.
     """
     rows, broken = [], []
     lines = text.splitlines()
@@ -106,8 +106,8 @@ def _json_rows(file: Path, text: str) -> tuple[list[dict[str, Any]], list[int]]:
 
 def _ours(file: Path, rows: list[dict[str, Any]]) -> Run:
     settings = _settings(file.with_name(CONFIG))
-    train = [row for row in rows if row["phase"] == "train" and _is_number(row.get("loss"))]
-    visits = [row for row in rows if row["phase"] == PHASE]
+    train = [row for row in rows if row["phase"] == "train" and "loss" in row]
+    visits = _whole([row for row in rows if row["phase"] == PHASE])
     if not train and not visits:
         raise UnreadableRunError(f"{file}: no row of the phases train or {PHASE} has a loss")
     run = Run(curve=train, settings=settings, out_dim=out_dim_of(settings))
@@ -115,6 +115,28 @@ def _ours(file: Path, rows: list[dict[str, Any]]) -> Run:
     for row in visits:
         run.add(row)
     return run
+
+
+def _readable(row: dict[str, Any]) -> dict[str, Any]:
+    """What the rules may take for granted: texts, and finite numbers but for the losses; the rest is left out."""
+    return {
+        key: value
+        for key, value in row.items()
+        if (isinstance(value, str) if key in _TEXTS else _is_number(value))
+        and (key in _TEXTS or key in _LOSSES or math.isfinite(value))
+    }
+
+
+def _whole(visits: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Without those that lack a number which the others have."""
+    if not any("teacher_entropy" in row for row in visits):
+        return visits
+    return [row for row in visits if "failure" in row or all(key in row for key in _ANSWERS)]
+
+
+_TEXTS = ("phase", "verdict", "failure")
+_LOSSES = ("loss", "loss_min", "loss_max")
+_ANSWERS = ("loss", "teacher_entropy", "teacher_mean_entropy")
 
 
 def _settings(file: Path) -> dict[str, Any]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 
 import pytest
 
 from passl.doctor.reading import UnreadableRunError, read_run
+from passl.doctor.verdict import diagnose
 
 OFFICIAL = '{"train_loss": 9.5, "train_lr": 0.0003, "train_wd": 0.04, "epoch": 0}\n{"train_loss": NaN, "epoch": 1}\n'
 TRAIN = [{"step": step, "phase": "train", "epoch": 1, "loss": 6.0, "lr": 0.1, "data_wait": 0.0} for step in (1, 2)]
@@ -62,6 +64,17 @@ def test_a_line_that_a_kill_cut_off_is_left_out(tmp_path) -> None:
     run = read_run(tmp_path)
     assert [row["loss"] for row in run.curve] == [3.0, 1.0]
     assert run.left_out == [2]
+
+
+def test_rows_with_other_things_than_numbers(tmp_path) -> None:
+    """What no rule can read is left out, and a visit that lacks an entropy with it."""
+    odd = ["x", None, [1], 10**400, math.inf]
+    rows = [{**VISIT, "teacher_entropy": value} for value in odd] + [{**VISIT, "lr": value} for value in odd]
+    rows += [{**VISIT, "out_dim": "many"}, {**VISIT, "step": math.nan}, {**TRAIN[0], "lr": 10**400}]
+    run = read_run(write(tmp_path, "metrics.jsonl", rows))
+    assert len(run.visits) == len(odd) + 1
+    assert not any("lr" in row for row in [*run.visits, *run.curve])
+    assert diagnose(run).verdict == "healthy"
 
 
 def test_epochs_are_finite(tmp_path) -> None:
