@@ -36,11 +36,9 @@ def uniform(run: Run) -> Optional[Finding]:
     """A plateau at ln K. Runs start there: it has to last, or to be come back to."""
     if run.has_labels:
         return None
-    candidates = [run.out_dim] if run.out_dim else plausible_out_dims()
     near = _NEAR if run.out_dim else _NEAR_GUESSED
-    last = run.curve[-1]["loss"]
-    out_dim = min(candidates, key=lambda one: abs(math.log(one) - last))
-    rows = _plateau(run, out_dim, near)
+    plateaus = ((one, _plateau(run, one, near)) for one in _candidates(run))
+    out_dim, rows = next(((one, rows) for one, rows in plateaus if rows), (0, ()))
     if not rows:
         return None
     level = statistics.mean(row["loss"] for row in rows)
@@ -55,13 +53,26 @@ def uniform(run: Run) -> Optional[Finding]:
     return Finding(UNIFORM, tuple(evidence), tuple(advice.against_uniform(run, {})))
 
 
+def _candidates(run: Run) -> list[int]:
+    """Numbers of prototypes whose logarithm is near the last loss, the likeliest first."""
+    if run.out_dim:
+        return [run.out_dim]
+    last, plausible = run.curve[-1]["loss"], plausible_out_dims()
+    powers = [one for one in plausible if _is_power_of_two(one)]
+    return [min(those, key=lambda one: abs(math.log(one) - last)) for those in (powers, plausible)]
+
+
+def _is_power_of_two(number: int) -> bool:
+    return number & (number - 1) == 0
+
+
 def _plateau(run: Run, out_dim: int, near: float) -> Sequence[Row]:
     """The last rows, if they stay at ln K for long; a noisy plateau is longer, and its mean lies there."""
     level = math.log(out_dim)
     rows = _trailing(run.curve, lambda row: abs(row["loss"] - level) <= near)
     if _is_long(run, rows) and not _falls(rows):
         return rows
-    if run.out_dim is None and out_dim & (out_dim - 1):
+    if run.out_dim is None and not _is_power_of_two(out_dim):
         return []
     rows = _trailing(run.curve, lambda row: abs(row["loss"] - level) <= _NOISE)
     if len(rows) < 3 * _MIN_ROWS or not _is_long(run, rows) or _falls(rows):
