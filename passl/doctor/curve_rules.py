@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
-from typing import Callable, Optional
+from typing import Any, Callable, Optional
 
 from passl.doctor import advice
 from passl.doctor.finding import DATA_BOUND, NOT_LEARNING, ONE_HOT, UNIFORM, UNSTABLE, Finding
 from passl.doctor.runs import Row, Run, values
 
 MIN_EPOCHS = 3  # of a plateau
-_MIN_STEPS = 200
+_MIN_STEPS, _SHORT = 200, 80  # of a plateau; where its cause is known
 _MIN_ROWS = 3
 _NEAR, _NEAR_GUESSED = 0.02, 0.01  # nats from ln K, with K known and not
 _NOISE = 0.04  # nats that single rows may lie off where their mean does not: of a K that is told, or a power of two
@@ -51,6 +51,36 @@ def uniform(run: Run) -> Optional[Finding]:
     if not run.out_dim:
         evidence.append(f"the log does not name the number of prototypes; --out-dim says it, if it was not {out_dim}")
     return Finding(UNIFORM, tuple(evidence), tuple(advice.against_uniform(run, {})))
+
+
+def told_by_settings(run: Run) -> Optional[Finding]:
+    """The configuration turns centring or sharpening off, and the loss goes where that leads."""
+    losses = values(run.curve, "loss")
+    if run.has_labels or not run.out_dim or not run.settings or run.last_step < _SHORT or not losses:
+        return None
+    teacher = run.settings.get(advice.height(run, "Schedules.teacher_temp"))
+    student = advice.setting(run, "Model.student_temp")
+    level = math.log(run.out_dim)
+    if _is_number(teacher) and _is_number(student) and teacher >= student:
+        rows = _trailing(run.curve, lambda row: row["loss"] >= 0.95 * level)
+        if len(rows) >= 2 and rows[-1]["step"] - rows[0]["step"] >= _SHORT:
+            evidence = (
+                f"the loss stays near ln(out_dim), {level:.4f}: {losses[-1]:.4f}",
+                f"nothing sharpens: teacher_temp {teacher:g} is not below student_temp {student:g}",
+            )
+            return Finding(UNIFORM, evidence, tuple(advice.against_uniform(run, {})))
+    if advice.setting(run, "Model.center_momentum") == 1 and losses[-1] <= 0.5 * losses[0]:
+        evidence = ("centring is off: with center_momentum 1.0 the centre never moves", _fall(losses))
+        return Finding(ONE_HOT, evidence, tuple(advice.against_one_hot(run)))
+    return None
+
+
+def _fall(losses: Sequence[float]) -> str:
+    return f"the loss fell from {losses[0]:.4f} to {losses[-1]:.4f}, as it does when the answers become the same"
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _candidates(run: Run) -> list[int]:
@@ -138,7 +168,9 @@ def data_bound(run: Run) -> Optional[Finding]:
     return Finding(DATA_BOUND, (evidence,), tuple(advice.against_waiting(run)))
 
 
-RULES: tuple[Callable[[Run], Optional[Finding]], ...] = (not_finite, uniform, one_hot, jumps, flat, data_bound)
+RULES: tuple[Callable[[Run], Optional[Finding]], ...] = (
+    not_finite, uniform, one_hot, told_by_settings, jumps, flat, data_bound,
+)  # fmt: skip
 
 
 def _is_long(run: Run, rows: Sequence[Row]) -> bool:

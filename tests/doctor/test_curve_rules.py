@@ -92,6 +92,31 @@ def test_a_short_run_near_0_is_one_hot(tmp_path) -> None:
     assert diagnose(read_run(tmp_path)).verdict == "one-hot collapse"
 
 
+@pytest.mark.parametrize(
+    ("settings", "losses", "verdict"),
+    [
+        ("center_momentum: 1.0", (4.7, 0.8), "one-hot collapse"),
+        ("center_momentum: 0.9", (4.7, 0.8), "healthy"),
+        ("center_momentum: 1.0", (4.7, 3.8), "healthy"),
+        ("student_temp: 0.04", (4.7, 4.8), "uniform collapse"),
+        ("student_temp: 0.05", (4.7, 4.8), "healthy"),
+        ("student_temp: 0.04", (4.7, 3.8), "healthy"),
+        ("student_temp: sharp", (4.7, 4.8), "healthy"),
+    ],
+)
+def test_a_run_without_visits_is_judged_with_its_settings(tmp_path, settings, losses, verdict) -> None:
+    """What `diagnose_every: null` leaves: losses, and a configuration that says what was turned off."""
+    head = "head: {name: DINOHead, out_dim: 128}"
+    (tmp_path / "config.yaml").write_text(
+        f"Model: {{name: DINO, {settings}, {head}}}\nSchedules: {{teacher_temp: {{name: Constant, value: 0.04}}}}\n"
+    )
+    rows = [
+        {"step": step, "phase": "train", "loss": loss} for step, loss in enumerate(np.linspace(*losses, 200).tolist())
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert diagnose(read_run(tmp_path)).verdict == verdict
+
+
 def test_advice_names_flags_as_they_are(tmp_path) -> None:
     advice = found(tmp_path, [8.3178] * 5).advice
     assert "--norm_last_layer: true" in advice
