@@ -173,9 +173,17 @@ class CheckpointHook:
         self.store = store
         self.interval = interval
         self.description = description
+        self._is_due_at_start = False
 
     def before_train(self, trainer: Trainer) -> None:
-        """Nothing to prepare."""
+        if self._is_due_at_start:
+            self.save(trainer, bool(trainer.progress.get("is_best")))
+
+    def made_up_for(self, trainer: Trainer) -> None:
+        """Told before the training by who measured what an interrupted run had left out: save what that changed, once
+        the guard has seen it, too.
+        """
+        self._is_due_at_start = bool(trainer.progress.get("is_best")) or trainer.step == trainer.stop_step
 
     def after_step(self, trainer: Trainer) -> None:
         is_last = trainer.step == trainer.stop_step
@@ -193,7 +201,13 @@ class CheckpointHook:
             _save(self.store, trainer, optimizer_state, self.description, best=is_best)
         except OSError as error:
             if trainer.step == trainer.stop_step or trainer.is_interrupted:
-                raise
+                raise type(error)(
+                    error.errno,
+                    f"step {trainer.step}, the last one, could not be saved ({error.strerror or error}). Last good "
+                    f"checkpoint: {trainer.last_checkpoint or 'none'}. Make room, and go on with "
+                    "-o Global.checkpoint=auto",
+                    str(self.store.folder),
+                ) from error
             logger.error(
                 "checkpoint of step %d was not saved (%s); the run goes on, the next one will be tried",
                 trainer.step,
