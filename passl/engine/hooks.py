@@ -191,12 +191,12 @@ class CheckpointHook:
         if trainer.step % self.interval == 0 or is_last or is_best or trainer.is_interrupted:
             self.save(trainer, is_best)
 
-    def save(self, trainer: Trainer, is_best: bool) -> None:
-        """Save now. A full disk is an error only if no attempt follows that may succeed."""
+    def save(self, trainer: Trainer, is_best: bool) -> bool:
+        """Save now; False if the disk is full, which is an error only if no attempt follows that may succeed."""
         trainer.check_weights()  # on every process: they are equal, so all stop
         optimizer_state = trainer.optimizer.state_dict()  # on every process: each may hold a share
         if not distributed.is_main():
-            return
+            return True
         try:
             _save(self.store, trainer, optimizer_state, self.description, best=is_best)
         except OSError as error:
@@ -213,8 +213,9 @@ class CheckpointHook:
                 trainer.step,
                 error,
             )
-        else:
-            trainer.last_checkpoint = self.store.folder / "latest"
+            return False
+        trainer.last_checkpoint = self.store.folder / "latest"
+        return True
 
     def after_train(self, trainer: Trainer) -> None:
         """Nothing: the last step was saved."""

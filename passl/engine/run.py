@@ -131,8 +131,8 @@ def _save_steps_done(trainer: Trainer) -> None:
     if distributed.world_size() == 1 and trainer.step > 0:
         for hook in trainer.hooks:
             if isinstance(hook, CheckpointHook):
-                hook.save(trainer, is_best=False)
-                logger.info("the steps up to %d are saved in %s", trainer.step, trainer.last_checkpoint)
+                if hook.save(trainer, is_best=False):
+                    logger.info("the steps up to %d are saved in %s", trainer.step, trainer.last_checkpoint)
 
 
 def _prepare(

@@ -115,8 +115,7 @@ Evaluators:
   - name: KNN
     k: [3, 20]
     models: [teacher, student]
-    train_dataset:
-      {{name: ImageFolder, root: {folder}/train, transform: &eval [Resize: {{size: [16, 16]}}, ToTensor: ]}}
+    train_dataset: {{name: ImageFolder, root: {folder}/train, transform: &eval [Resize: {{size: 16}}, ToTensor: ]}}
     val_dataset: {{name: ImageFolder, root: {folder}/val, transform: *eval}}
 """
 
