@@ -172,7 +172,7 @@ def kept(method):
     with paddle.autograd.saved_tensors_hooks(pack, lambda holder: holder.tensor):
         loss = method((64,))
     found = sum(holder.tensor.size for holder in alive)
-    loss.backward()
+    assert not loss.stop_gradient  # the graph was still there. No backward: with such hooks Paddle 2.6 waits for ever
     return found
 
 
