@@ -130,9 +130,8 @@ def _save_steps_done(trainer: Trainer) -> None:
     """After an error of the data, which comes between two steps; of several processes the others are in the next."""
     if distributed.world_size() == 1 and trainer.step > 0:
         for hook in trainer.hooks:
-            if isinstance(hook, CheckpointHook):
-                if hook.save(trainer, is_best=False):
-                    logger.info("the steps up to %d are saved in %s", trainer.step, trainer.last_checkpoint)
+            if isinstance(hook, CheckpointHook) and hook.save(trainer, is_best=False):
+                logger.info("the steps up to %d are saved in %s", trainer.step, trainer.last_checkpoint)
 
 
 def _prepare(
