@@ -190,11 +190,17 @@ class CheckpointStore:
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         prefix = self.folder / name
-        # In one order: a resumed optimizer gives its entries in another than one that never stopped.
-        write(_ordered(params), with_suffix(prefix, PARAMS))
-        write(_ordered(optimizer), with_suffix(prefix, OPTIMIZER))
-        checksums = {suffix: checksum(with_suffix(prefix, suffix)) for suffix in (PARAMS, OPTIMIZER)}
-        write({**states, "checksums": checksums}, with_suffix(prefix, STATES))
+        try:
+            # In one order: a resumed optimizer gives its entries in another than one that never stopped.
+            write(_ordered(params), with_suffix(prefix, PARAMS))
+            write(_ordered(optimizer), with_suffix(prefix, OPTIMIZER))
+            checksums = {suffix: checksum(with_suffix(prefix, suffix)) for suffix in (PARAMS, OPTIMIZER)}
+            write({**states, "checksums": checksums}, with_suffix(prefix, STATES))
+        except OSError:
+            if not with_suffix(prefix, STATES).exists():  # half a set would take the room that the next one needs
+                for suffix in (PARAMS, OPTIMIZER):
+                    with_suffix(prefix, suffix).unlink(missing_ok=True)
+            raise
         _flush_names(self.folder)  # `latest` must not come to the disk before the set that it is of
         if all((self.folder / f"latest{suffix}").exists() for suffix in (PARAMS, OPTIMIZER, STATES)):
             self._link(self.folder / "latest", "previous")
@@ -208,7 +214,8 @@ class CheckpointStore:
             _link(with_suffix(prefix, suffix), self.folder / (alias + suffix))
 
     def newest_intact(self) -> Optional[Path]:
-        """Prefix of the whole set with the highest step (``latest`` where it is one of them), None in an empty folder.
+        """Prefix of the whole set with the highest step (``latest`` where it is one of them), None where none was ever
+        saved.
 
         Raises:
             CheckpointError: there are checkpoints, and none is whole.
@@ -229,9 +236,15 @@ class CheckpointStore:
             if prefix != latest and with_suffix(latest, PARAMS).exists():
                 logger.warning("the last save did not come to its end: going on from %s, not %s", prefix, latest)
             return prefix
-        if any(self.folder.glob(f"*{PARAMS}")):
+        if not self.is_empty():
             raise CheckpointError(f"{self.folder}: no checkpoint in it is whole; start anew with another output_dir")
         return None
+
+    def is_empty(self) -> bool:
+        """Whether there is nothing to lose: no files, or those of a first save that was cut off."""
+        names = {path.stem for path in self.folder.glob(f"*{PARAMS}")}
+        is_cut_off = len(names) == 1 and all(name.startswith(("step_", "epoch_")) for name in names)
+        return not names or (is_cut_off and not any(self.folder.glob(f"*{STATES}")))
 
     def set_aside(self, after_step: int) -> Optional[Path]:
         """Move the sets of steps later than ``after_step`` into a new folder ``abandoned-{n}``; None if there are none.

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import math
+import os
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -94,8 +96,12 @@ class MetricsFile:
         partial.replace(path)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(_line({"step": step, **values}))
+        line = _line({"step": step, **values}).encode()
+        with self.path.open("ab", buffering=0) as file:
+            end = file.seek(0, os.SEEK_END)
+            if file.write(line) < len(line):  # a full disk; half a line would spoil the next one
+                file.truncate(end)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
 
 
 def read_metrics(path: Path) -> Iterator[dict[str, Any]]:

@@ -202,6 +202,34 @@ def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch):
     assert not list(tmp_path.glob("*.partial"))
 
 
+def test_half_a_set_does_not_keep_the_room_of_the_next_one(tmp_path, monkeypatch):
+    store = CheckpointStore(tmp_path)
+    save = paddle.save
+
+    def full(value, path, **more):
+        if ".pdopt" in path:
+            raise OSError(28, "No space left on device")
+        save(value, path, **more)
+
+    monkeypatch.setattr(paddle, "save", full)
+    with pytest.raises(OSError, match="No space left"):
+        store.save("step_2", {"w": paddle.zeros([2])}, {"m": paddle.ones([2])}, {"step": 2})
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("is_cut_off", [False, True])
+def test_a_first_save_that_was_cut_off_is_nothing_to_lose(tmp_path, is_cut_off):
+    (tmp_path / "step_2.pdparams").write_bytes(b"whole")
+    (tmp_path / "step_2.pdopt.7.partial").write_bytes(b"half")
+    store = CheckpointStore(tmp_path)
+    if is_cut_off:
+        assert store.newest_intact() is None
+        return
+    (tmp_path / "latest.pdparams").write_bytes(b"whole")  # some save came to its end
+    with pytest.raises(CheckpointError, match="no checkpoint in it is whole"):
+        store.newest_intact()
+
+
 @pytest.mark.parametrize(("keep", "expected"), [(0, []), (2, [4, 5]), (-1, [1, 2, 3, 4, 5])])
 def test_as_many_epochs_stay_as_asked(tmp_path, keep, expected):
     store = CheckpointStore(tmp_path, keep)

@@ -50,7 +50,7 @@ def test_verdict_curves_and_exit_codes(tmp_path) -> None:
         (["log.txt", "--out-dim", "1"], 2, "'1' must be a whole number of at least 2"),
         (["log.txt", "--out-dim", "many"], 2, "'many' must be"),
         (["empty.txt"], 1, "error: empty.txt: empty"),
-        (["log.txt", "--out", "empty.txt/x"], 1, "error:"),
+        (["log.txt", "--out", "empty.txt/x"], 1, "error: --out empty.txt/x: curves not written (Not a directory)"),
         ([], 2, "RUN"),
     ],
 )

@@ -15,7 +15,19 @@ PASSL = Path(__file__).parent.parent / "passl"
 
 # Imports go down only; the modules of the ground floor may use each other.
 FLOORS = (
-    ("__init__", "registry", "yaml_io", "schema", "config", "schedules", "distributed", "download", "log", "formats"),
+    (
+        "__init__",
+        "registry",
+        "yaml_io",
+        "schema",
+        "config",
+        "schedules",
+        "distributed",
+        "download",
+        "log",
+        "processes",
+        "formats",
+    ),
     ("data", "models"),
     ("checkpoint", "exported"),
     ("evaluators", "visualize", "convert", "export", "predict", "doctor"),

@@ -225,6 +225,16 @@ def test_a_dataclass_among_arguments_is_a_section():
     assert problems({"inner": 3}, Outer) == ["inner: expected a mapping of arguments, got 3"]
 
 
+def test_a_dataclass_may_have_a_plain_alternative():
+    @dataclass
+    class Outer:
+        inner: Union[bool, Settings] = False
+
+    assert problems({"inner": True}, Outer) == problems({"inner": {"epochs": 3}}, Outer) == []
+    assert problems({"inner": {"epochs": "x"}}, Outer) == ["inner.epochs: expected int, got 'x'"]
+    assert problems({"inner": 3}, Outer) == ["inner: expected true or false or a mapping of arguments, got 3"]
+
+
 def test_messages_begin_with_the_file_that_set_the_key(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("base.yaml").write_text("Global: {epochs: a}\nOptimizer: {name: AdamW, lr: 1}\n")

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from passl import checkpoint
 from tests.engine import tiny
 
 SCRIPT = tiny.ROOT / "tools" / "slurm_train.sh"
@@ -118,6 +119,33 @@ def test_an_interrupted_run_saves_and_goes_back_to_the_queue(slurm, tmp_path):
     started = json.loads((tmp_path / "started1").read_text())
     # The last word on the checkpoint is the script's.
     assert started["arguments"] == ["-c", "a b.yaml", "-o", "Global.checkpoint=null", "-o", "Global.checkpoint=auto"]
+
+
+@pytest.mark.slow
+def test_a_preempted_run_ends_as_the_undisturbed_one(slurm, tmp_path):
+    """Two nodes, shares of the optimizer's state, told to stop in the middle, started again as Slurm would."""
+    tiny.write_images(tmp_path, train=8)
+    config = tiny.write_config(tmp_path, tiny.PRETRAIN, "pretrain.yaml")
+    options = tiny.overrides(Global__epochs=40, Global__save_interval="1000it", DistributedStrategy__sharding="true")
+    train = {**slurm, "PASSL_TRAIN": str(tiny.ROOT / "tools/train.py")}
+    whole = run(train, "-c", config, *options, *tiny.overrides(Global__output_dir=tmp_path / "whole"))
+    assert whole.returncode == 0, whole.stdout + whole.stderr
+    arguments = ["-c", str(config), *options, *tiny.overrides(Global__output_dir=tmp_path / "stopped")]
+    job = subprocess.Popen(["bash", str(SCRIPT), *arguments], env=train, cwd=tmp_path)
+    metrics = tmp_path / "stopped/DINO/metrics.jsonl"
+    deadline = time.monotonic() + 100
+    while not metrics.exists() or len(metrics.read_text().splitlines()) < 10:
+        assert job.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    job.send_signal(signal.SIGTERM)
+    assert job.wait(timeout=100) == 75
+    step = checkpoint.read_states(tmp_path / "stopped/DINO/latest")["step"]
+    assert 10 <= step < 120
+    again = run(train, *arguments)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert f"at step {step}" in (tmp_path / "stopped/DINO/train.log").read_text() + again.stdout + again.stderr
+    tiny.assert_same_checkpoint(tmp_path / "whole/DINO/latest", tmp_path / "stopped/DINO/latest")
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes
 import io
 import os
 import signal
@@ -14,10 +13,10 @@ import warnings
 from pathlib import Path
 
 import passl
+from passl.processes import end_with
 
 CONFIG_ERROR, RUN_ERROR = 2, 1
 INTERRUPTED = 75  # told to stop, and saved: the same command with Global.checkpoint=auto goes on (EX_TEMPFAIL)
-_PR_SET_PDEATHSIG = 1
 
 
 def new_parser(name: str, description: str) -> argparse.ArgumentParser:
@@ -82,15 +81,12 @@ def end_with_the_launcher() -> None:
 
     A launcher that is told to end tells its processes; one that is killed would leave them training.
     """
-    if not sys.platform.startswith("linux"):
-        return
     launcher = os.getppid()
     with contextlib.suppress(OSError):  # the parent is gone, or hidden
         command = Path(f"/proc/{launcher}/cmdline").read_bytes()
-        if b"paddle.distributed.launch" in command or b"paddle/distributed/launch" in command:
-            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-            if os.getppid() != launcher:
-                sys.exit(RUN_ERROR)
+        is_launcher = b"paddle.distributed.launch" in command or b"paddle/distributed/launch" in command
+        if is_launcher and not end_with(launcher, signal.SIGTERM):
+            sys.exit(RUN_ERROR)
 
 
 def stop(error: Exception, code: int) -> None:

@@ -57,6 +57,9 @@ def _diagnose(options: argparse.Namespace) -> None:
         run = read_run(options.run.expanduser(), options.out_dim)
     except UnreadableRunError as error:
         stop(error, RUN_ERROR)
+    if run.left_out:
+        lines = ", ".join(map(str, run.left_out[:5])) + (", ..." if len(run.left_out) > 5 else "")
+        print(f"warning: {options.run}: left out, as no JSON object: line {lines}", file=sys.stderr)
     finding = diagnose(run)
     print(f"{options.run}: {finding.text()}")
     if not options.no_curves:
@@ -76,7 +79,7 @@ def _write_curves(options: argparse.Namespace, run: object, finding: object) -> 
         # Where a run lies may be read-only, and the verdict is there already; a folder that was asked for is another
         # matter.
         if options.out is not None:
-            stop(error, RUN_ERROR)
+            stop(OSError(f"--out {folder}: curves not written ({error.strerror or error})"), RUN_ERROR)
         print(f"curves not written ({error}): give --out DIR", file=sys.stderr)
         return
     print(f"curves: {picture}, {page}")

@@ -30,8 +30,8 @@ import paddle
 
 from passl.data.batches import LoadedBatch, SampleError, load_batch
 from passl.data.samples import Samples
+from passl.processes import end_with
 
-_PR_SET_PDEATHSIG = 1
 _SECONDS_TO_END = 3.0  # for workers that are told to; then they are killed
 
 # Linear algebra and OpenMP: (part of the library's file name, functions one of which sets its number of threads).
@@ -298,8 +298,7 @@ def _prepare_worker(parent_pid: int, worker_id: int) -> None:
     signal.set_wakeup_fd(wake_up)
     signal.signal(signal.SIGTERM, lambda number, frame: None)
     threading.Thread(target=_end_when_told, args=(arrivals, time.time()), daemon=True).start()
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() != parent_pid:  # It died before prctl.
+    if not end_with(parent_pid, signal.SIGTERM):
         sys.exit(1)
     _use_one_thread()
 

@@ -15,8 +15,8 @@ _OFFICIAL = {
     "Schedules.teacher_momentum": "--momentum_teacher",
     "Optimizer.clip_norm": "--clip_grad",
     "Model.freeze_last_layer": "--freeze_last_layer",
-    "Model.head.norm_last_layer": "--norm_last_layer true",
-    "Model.head.use_bn": "--use_bn_in_head true",
+    "Model.head.norm_last_layer": "--norm_last_layer",
+    "Model.head.use_bn": "--use_bn_in_head",
     "Model.head.out_dim": "--out_dim",
     "FP16.level": "--use_fp16",
     "DataLoader.Train.dataset": "--data_path",
@@ -46,10 +46,14 @@ def name(run: Run, key: str) -> str:
     """The key as the user types it, with the present value where that is known."""
     if run.is_official:
         return _OFFICIAL.get(key, key)
-    height = next((f"{key}.{word}" for word in _HEIGHTS if f"{key}.{word}" in run.settings), None)
-    key = height or key
+    key = height(run, key)
     present = setting(run, key)
     return key if present is None else f"{key} (now {_shown(present)})"
+
+
+def height(run: Run, key: str) -> str:
+    """The key under which a schedule's height is set; `key` itself where there is none."""
+    return next((f"{key}.{word}" for word in _HEIGHTS if f"{key}.{word}" in run.settings), key)
 
 
 def _shown(value: Any) -> str:

@@ -5,16 +5,17 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
-from typing import Callable, Optional
+from typing import Any, Callable, Optional
 
 from passl.doctor import advice
 from passl.doctor.finding import DATA_BOUND, NOT_LEARNING, ONE_HOT, UNIFORM, UNSTABLE, Finding
 from passl.doctor.runs import Row, Run, values
 
 MIN_EPOCHS = 3  # of a plateau
-_MIN_STEPS = 200
+_MIN_STEPS, _SHORT = 200, 80  # of a plateau; where its cause is known
 _MIN_ROWS = 3
 _NEAR, _NEAR_GUESSED = 0.02, 0.01  # nats from ln K, with K known and not
+_NOISE = 0.04  # nats that single rows may lie off where their mean does not: of a K that is told, or a power of two
 _SHARE_OF_HIGHEST = 0.7  # no loss of a run without learning lies far above ln K
 _ZERO = 0.05  # nats
 _FLAT = 0.002  # spread of a loss that stands still, as a share of it
@@ -35,12 +36,10 @@ def uniform(run: Run) -> Optional[Finding]:
     """A plateau at ln K. Runs start there: it has to last, or to be come back to."""
     if run.has_labels:
         return None
-    candidates = [run.out_dim] if run.out_dim else plausible_out_dims()
     near = _NEAR if run.out_dim else _NEAR_GUESSED
-    last = run.curve[-1]["loss"]
-    out_dim = min(candidates, key=lambda one: abs(math.log(one) - last))
-    rows = _trailing(run.curve, lambda row: abs(row["loss"] - math.log(out_dim)) <= near)
-    if not _is_long(run, rows) or _falls(rows):
+    plateaus = ((one, _plateau(run, one, near)) for one in _candidates(run))
+    out_dim, rows = next(((one, rows) for one, rows in plateaus if rows), (0, ()))
+    if not rows:
         return None
     level = statistics.mean(row["loss"] for row in rows)
     if not run.out_dim and level < _SHARE_OF_HIGHEST * max(row["loss"] for row in run.curve):
@@ -54,6 +53,65 @@ def uniform(run: Run) -> Optional[Finding]:
     return Finding(UNIFORM, tuple(evidence), tuple(advice.against_uniform(run, {})))
 
 
+def told_by_settings(run: Run) -> Optional[Finding]:
+    """The configuration turns centring or sharpening off, and the loss goes where that leads."""
+    losses = values(run.curve, "loss")
+    if run.has_labels or not run.out_dim or not run.settings or run.last_step < _SHORT or not losses:
+        return None
+    teacher = run.settings.get(advice.height(run, "Schedules.teacher_temp"))
+    student = advice.setting(run, "Model.student_temp")
+    level = math.log(run.out_dim)
+    if _is_number(teacher) and _is_number(student) and teacher >= student:
+        rows = _trailing(run.curve, lambda row: row["loss"] >= 0.95 * level)
+        if len(rows) >= 2 and rows[-1]["step"] - rows[0]["step"] >= _SHORT:
+            evidence = (
+                f"the loss stays near ln(out_dim), {level:.4f}: {losses[-1]:.4f}",
+                f"nothing sharpens: teacher_temp {teacher:g} is not below student_temp {student:g}",
+            )
+            return Finding(UNIFORM, evidence, tuple(advice.against_uniform(run, {})))
+    if advice.setting(run, "Model.center_momentum") == 1 and losses[-1] <= 0.5 * losses[0]:
+        evidence = ("centring is off: with center_momentum 1.0 the centre never moves", _fall(losses))
+        return Finding(ONE_HOT, evidence, tuple(advice.against_one_hot(run)))
+    return None
+
+
+def _fall(losses: Sequence[float]) -> str:
+    return f"the loss fell from {losses[0]:.4f} to {losses[-1]:.4f}, as it does when the answers become the same"
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _candidates(run: Run) -> list[int]:
+    """Numbers of prototypes whose logarithm is near the last loss, the likeliest first."""
+    if run.out_dim:
+        return [run.out_dim]
+    last, plausible = run.curve[-1]["loss"], plausible_out_dims()
+    powers = [one for one in plausible if _is_power_of_two(one)]
+    return [min(those, key=lambda one: abs(math.log(one) - last)) for those in (powers, plausible)]
+
+
+def _is_power_of_two(number: int) -> bool:
+    return number & (number - 1) == 0
+
+
+def _plateau(run: Run, out_dim: int, near: float) -> Sequence[Row]:
+    """The last rows, if they stay at ln K for long; a noisy plateau is longer, and its mean lies there."""
+    level = math.log(out_dim)
+    rows = _trailing(run.curve, lambda row: abs(row["loss"] - level) <= near)
+    if _is_long(run, rows) and not _falls(rows):
+        return rows
+    if run.out_dim is None and not _is_power_of_two(out_dim):
+        return []
+    rows = _trailing(run.curve, lambda row: abs(row["loss"] - level) <= _NOISE)
+    if len(rows) < 3 * _MIN_ROWS or not _is_long(run, rows) or _falls(rows):
+        return []
+    half = len(rows) // 2
+    halves = [statistics.mean(row["loss"] for row in part) for part in (rows[:half], rows[half:])]
+    return rows if all(abs(mean - level) <= near / 2 for mean in halves) else []
+
+
 def plausible_out_dims() -> list[int]:
     """Numbers of prototypes that people use: powers of two, and round numbers."""
     powers = [2**power for power in range(8, 19)]
@@ -64,7 +122,8 @@ def one_hot(run: Run) -> Optional[Finding]:
     if run.has_labels:
         return None
     rows = _trailing(run.curve, lambda row: row["loss"] <= _ZERO)
-    if len(rows) < 2 or not (_is_long(run, rows) or rows[-1]["loss"] < _ZERO / 10):
+    # No run passes here, or starts here: it need not last.
+    if len(rows) < 2 or not (len(rows) >= _MIN_ROWS or rows[-1]["loss"] < _ZERO / 10):
         return None
     since = f"since {_place(run, rows[0])} the loss is near 0, now {rows[-1]['loss']:.4f}"
     evidence = f"{since}: all images get the same prototype"
@@ -109,7 +168,9 @@ def data_bound(run: Run) -> Optional[Finding]:
     return Finding(DATA_BOUND, (evidence,), tuple(advice.against_waiting(run)))
 
 
-RULES: tuple[Callable[[Run], Optional[Finding]], ...] = (not_finite, uniform, one_hot, jumps, flat, data_bound)
+RULES: tuple[Callable[[Run], Optional[Finding]], ...] = (
+    not_finite, uniform, one_hot, told_by_settings, jumps, flat, data_bound,
+)  # fmt: skip
 
 
 def _is_long(run: Run, rows: Sequence[Row]) -> bool:
@@ -127,7 +188,9 @@ def _falls(rows: Sequence[Row]) -> bool:
     third = len(rows) // 3
     parts = (rows[:third], rows[third:-third], rows[-third:])
     levels = [statistics.mean(row["loss"] for row in part) for part in parts]
-    return levels[0] - levels[2] > 0.004 and levels[0] > levels[1] > levels[2]
+    spread = [statistics.pvariance([row["loss"] for row in part]) / len(part) for part in parts]
+    by_chance = 3 * math.sqrt(spread[0] + spread[2])
+    return levels[0] - levels[2] > max(0.004, by_chance) and levels[0] > levels[1] > levels[2]
 
 
 def _trailing(rows: Sequence[Row], holds: Callable[[Row], bool]) -> list[Row]:

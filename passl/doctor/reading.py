@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections.abc import Iterable
+import sys
 from pathlib import Path
 from typing import Any, Optional
 
@@ -32,7 +33,7 @@ def read_run(path: Path, out_dim: Optional[int] = None) -> Run:
     """
     file = _file_of(path)
     try:
-        text = file.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise UnreadableRunError(f"{file}: not UTF-8 text; {_EXPECTED}") from error
     except OSError as error:
@@ -65,37 +66,48 @@ def _file_of(path: Path) -> Path:
 
 
 def _from_json(file: Path, text: str) -> Run:
-    rows = list(_json_rows(file, text))
-    ours = [row for row in rows if isinstance(row.get("phase"), str) and _is_number(row.get("step"))]
+    rows, left_out = _json_rows(file, text)
+    ours = [row for row in map(_readable, rows) if isinstance(row.get("phase"), str) and "step" in row]
     if ours:
-        return _ours(file, ours)
+        run = _ours(file, ours)
+        run.left_out = left_out
+        return run
     official = [row for row in rows if _is_number(row.get("train_loss"))]
     if official:
-        return _official(official)
+        run = _official(official)
+        run.left_out = left_out
+        return run
     raise UnreadableRunError(f"{file}: no row has a loss; {_EXPECTED}")
 
 
-def _json_rows(file: Path, text: str) -> Iterable[dict[str, Any]]:
-    """NaN and Infinity are numbers here, as Python writes them."""
+def _json_rows(file: Path, text: str) -> tuple[list[dict[str, Any]], list[int]]:
+    """The JSON objects, and the numbers of the lines before the last that are none. NaN and Infinity are numbers here,
+    as Python writes them.
+
+    A process that is killed leaves half a line, and the one that resumes writes on behind it: a few may be broken.
+    """
+    rows, broken = [], []
     lines = text.splitlines()
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
-            if number == len(lines) and number > 1:  # cut off while it was written
-                return
-            raise UnreadableRunError(f"{file}: line {number} is no JSON object; {_EXPECTED}") from error
-        if not isinstance(row, dict):
-            raise UnreadableRunError(f"{file}: line {number} is no JSON object; {_EXPECTED}")
-        yield row
+        except (ValueError, RecursionError):
+            row = None
+        if isinstance(row, dict):
+            rows.append(row)
+        else:
+            broken.append(number)
+    if len(broken) > len(rows):
+        raise UnreadableRunError(f"{file}: line {broken[0]} is no JSON object; {_EXPECTED}")
+    return rows, [number for number in broken if number < len(lines)]  # the last may be half written just now
 
 
 def _ours(file: Path, rows: list[dict[str, Any]]) -> Run:
     settings = _settings(file.with_name(CONFIG))
-    train = [row for row in rows if row["phase"] == "train" and _is_number(row.get("loss"))]
-    visits = [row for row in rows if row["phase"] == PHASE]
+    train = [row for row in rows if row["phase"] == "train" and "loss" in row]
+    visits = _whole([row for row in rows if row["phase"] == PHASE])
     if not train and not visits:
         raise UnreadableRunError(f"{file}: no row of the phases train or {PHASE} has a loss")
     run = Run(curve=train, settings=settings, out_dim=out_dim_of(settings))
@@ -103,6 +115,28 @@ def _ours(file: Path, rows: list[dict[str, Any]]) -> Run:
     for row in visits:
         run.add(row)
     return run
+
+
+def _readable(row: dict[str, Any]) -> dict[str, Any]:
+    """What the rules may take for granted: texts, and finite numbers but for the losses; the rest is left out."""
+    return {
+        key: value
+        for key, value in row.items()
+        if (isinstance(value, str) if key in _TEXTS else _is_number(value))
+        and (key in _TEXTS or key in _LOSSES or math.isfinite(value))
+    }
+
+
+def _whole(visits: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Without those that lack a number which the others have."""
+    if not any("teacher_entropy" in row for row in visits):
+        return visits
+    return [row for row in visits if "failure" in row or all(key in row for key in _ANSWERS)]
+
+
+_TEXTS = ("phase", "verdict", "failure")
+_LOSSES = ("loss", "loss_min", "loss_max")
+_ANSWERS = ("loss", "teacher_entropy", "teacher_mean_entropy")
 
 
 def _settings(file: Path) -> dict[str, Any]:
@@ -117,7 +151,7 @@ def _settings(file: Path) -> dict[str, Any]:
 def _official(rows: list[dict[str, Any]]) -> Run:
     by_epoch: dict[float, dict[str, Any]] = {}
     for number, row in enumerate(rows):
-        epoch = row["epoch"] if _is_number(row.get("epoch")) else number
+        epoch = row["epoch"] if _is_number(row.get("epoch")) and math.isfinite(row["epoch"]) else number
         by_epoch[epoch] = {  # a resumed run writes some epochs again
             "epoch": epoch,
             "loss": float(row["train_loss"]),
@@ -146,4 +180,7 @@ def _from_lines(file: Path, text: str) -> Run:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    """Integers may have more digits than a float can hold."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return abs(value) <= sys.float_info.max
+    return isinstance(value, float)

@@ -16,6 +16,7 @@ from passl.doctor.runs import Row, Run
 _COLOURS = ("#2f6f9f", "#c2542d", "#5a8f3c", "#7a5aa0")
 _GOOD, _BAD, _LINE = "#3c7d3c", "#b03a2e", "#555555"
 _COLUMNS = 4
+_BEYOND = 1e30
 
 
 @dataclass(frozen=True)
@@ -105,9 +106,9 @@ def _rows(run: Run, panel: Panel) -> Sequence[Row]:
 
 
 def _points(rows: Sequence[Row], key: str) -> tuple[list[float], list[float]]:
-    """Places and values; numbers that are not finite leave a gap."""
+    """Places and values; numbers that are not finite, or beyond any axis, leave a gap."""
     found = [(row.get("step", row.get("epoch", 0)), row[key]) for row in rows if _is_drawable(row.get(key))]
-    return [float(place) for place, _ in found], [value if math.isfinite(value) else math.nan for _, value in found]
+    return [float(place) for place, _ in found], [value if abs(value) <= _BEYOND else math.nan for _, value in found]
 
 
 def _is_drawable(value: Any) -> bool:

@@ -25,6 +25,7 @@ class Run:
         is_official: a log.txt of the official code, whose settings have other names.
         has_labels: a run that learns labels: its loss has no ln(out_dim).
         failure: what ended the run, if that was a number that is not finite.
+        left_out: numbers of the lines of its file that could not be read.
     """
 
     visits: list[Row] = field(default_factory=list)
@@ -35,6 +36,7 @@ class Run:
     is_official: bool = False
     has_labels: bool = False
     failure: str = ""
+    left_out: list[int] = field(default_factory=list)
 
     def add(self, visit: Row) -> None:
         """One more visit. Of a long run every second one of the older half is forgotten."""

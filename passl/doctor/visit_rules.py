@@ -26,6 +26,7 @@ _LITTLE_INFORMATION = 0.12  # healthy runs have more
 _SHORT, _LONG = 80, 150
 _LONGEST_WAIT = 2000
 _ONE_HOT = 0.3  # nats of the mean answer: 1.35 prototypes
+_NARROWED = 0.6  # share of the first mean answer's entropy
 _GROWTH, _GROWTH_STEPS = 2.5, 300  # of the weights, in so many steps
 _FAST = 0.015  # change of the weights in one step, as a share of them
 _STILL = 1e-6
@@ -132,17 +133,21 @@ def _explosion(run: Run) -> list[str]:
 def one_hot(run: Run) -> Optional[Finding]:
     if not run.has_entropies:
         return None
-    # Without centring it only takes time: the answers need not have gone all the way.
+    # Without centring it only takes time: the answers need not have gone all the way. How many prototypes a batch can
+    # use depends on its size, and so they are compared with those at the start.
     is_off = run.last_step >= _SHORT and run.visits[-1].get("center_norm") == 0
-    limit = max(_ONE_HOT, 0.2 * run.uniform) if is_off else _ONE_HOT
+    first = run.visits[0]
+    limit = max(_ONE_HOT, 0.2 * run.uniform, _NARROWED * first["teacher_mean_entropy"]) if is_off else _ONE_HOT
     rows = _trailing(run.visits, lambda row: row["teacher_mean_entropy"] <= limit)
     if len(rows) < 2 or run.last_step < 20:
         return None
     last = rows[-1]
+    is_done = last["teacher_mean_entropy"] <= max(_ONE_HOT, 0.2 * run.uniform)
     evidence = [
-        f"since step {rows[0]['step']} all images get the same answer: entropy of the mean answer "
-        f"{last['teacher_mean_entropy']:.4f}, ln(out_dim) is {run.uniform:.4f}",
-        f"{last['prototypes_in_use']} of {run.out_dim} prototypes in use; loss {last['loss']:.4f}",
+        f"since step {rows[0]['step']} all images {'get the same answer' if is_done else 'come to the same answers'}: "
+        f"entropy of the mean answer {last['teacher_mean_entropy']:.4f}, at step {first['step']} "
+        f"{first['teacher_mean_entropy']:.4f}, and ln(out_dim) is {run.uniform:.4f}",
+        f"{last.get('prototypes_in_use', 'few')} of {run.out_dim} prototypes in use; loss {last['loss']:.4f}",
     ]
     if is_off:
         evidence.append(f"centring is off: the centre is still 0 at step {last['step']}")

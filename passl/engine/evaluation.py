@@ -42,7 +42,9 @@ class Measuring:
         try:
             results = self._evaluate(trainer)
         except Exception:
-            self.checkpoints.save(trainer, is_best=False)  # what was trained up to here is not lost with the run
+            # What was trained up to here is not lost with the run, unless that takes the others, who may not be here.
+            if not trainer.optimizer.is_shared:
+                self.checkpoints.save(trainer, is_best=False)
             raise
         shown = ", ".join(f"{name}: {value:.5f}" for name, value in results.items())
         logger.info("[Eval][Epoch %d][Avg] %s, time: %.1f s", trainer.epoch + 1, shown, time.perf_counter() - started)
@@ -79,9 +81,7 @@ class EvaluationHook:
         # A run that was told to stop saved first, and left the measurement to this one.
         if trainer.progress.pop("evaluation_is_due", False):
             self._measure(trainer)
-            is_best = bool(trainer.progress.get("is_best"))
-            if is_best or trainer.step == trainer.stop_step:
-                self.measuring.checkpoints.save(trainer, is_best)
+            self.measuring.checkpoints.made_up_for(trainer)
 
     def after_step(self, trainer: Trainer) -> None:
         if self.decides_best:
@@ -161,8 +161,7 @@ class EarlyStoppingHook:
         state = trainer.progress["early_stopping"]
         if self._is_due(trainer) and (state is None or state["epoch"] < trainer.epoch):
             self.after_step(trainer)
-            if trainer.progress["is_best"] or trainer.step == trainer.stop_step:
-                self.measuring.checkpoints.save(trainer, trainer.progress["is_best"])
+            self.measuring.checkpoints.made_up_for(trainer)
 
     def _is_due(self, trainer: Trainer) -> bool:
         return trainer.at_epoch_end and self.rule.is_due(trainer.epoch)
@@ -203,13 +202,13 @@ class EarlyStoppingHook:
         if state["stopped"]:
             logger.info(
                 "stopping early after epoch %d of %d: %d measurements without a new best (patience %d, min_epoch %d); "
-                "the best is that of epoch %d",
+                "the best is that of epoch %s",
                 trainer.epoch + 1,
                 trainer.epochs,
                 state["counter"],
                 self.rule.patience,
                 self.rule.min_epoch,
-                trainer.progress["best_epoch"],
+                trainer.progress["best_epoch"] or 0,
             )
             trainer.stop()
         return {"early_stopping_counter": state["counter"], "early_stopping_stopped": int(state["stopped"])}
@@ -219,6 +218,8 @@ class EarlyStoppingHook:
 
 
 def _log_best(trainer: Trainer, key: str) -> None:
+    if trainer.progress["best_metric"] is None:  # the guard took back what was found, and nothing was before
+        return
     logger.info(
         "[Eval][Epoch %d][best metric: %.5f] (%s, epoch %d)",
         trainer.epoch + 1,

@@ -97,6 +97,8 @@ class GuardHook:
             trainer.progress["guard"] = {**state, "stopped": None}
             if trainer.step == 0:
                 self._record(trainer)  # metrics.jsonl is begun anew
+            if trainer.progress.get("is_best"):  # by a measurement that is made up for
+                self._look(trainer)
 
     def _begin(self, trainer: Trainer) -> None:
         state = {"metric": self.watch.name, "rollbacks": 0, "stopped": None, **self.watch.begin(trainer)}
@@ -115,6 +117,9 @@ class GuardHook:
         # What others find the best may be what this run goes back to.
         if not is_due and not trainer.progress.get("is_best"):
             return
+        self._look(trainer)
+
+    def _look(self, trainer: Trainer) -> None:
         state = distributed.broadcast_object(self.watch.measure(trainer, trainer.progress["guard"]))
         trainer.progress["guard"] = state
         self._record(trainer)

@@ -173,9 +173,17 @@ class CheckpointHook:
         self.store = store
         self.interval = interval
         self.description = description
+        self._is_due_at_start = False
 
     def before_train(self, trainer: Trainer) -> None:
-        """Nothing to prepare."""
+        if self._is_due_at_start:
+            self.save(trainer, bool(trainer.progress.get("is_best")))
+
+    def made_up_for(self, trainer: Trainer) -> None:
+        """Told before the training by who measured what an interrupted run had left out: save what that changed, once
+        the guard has seen it, too.
+        """
+        self._is_due_at_start = bool(trainer.progress.get("is_best")) or trainer.step == trainer.stop_step
 
     def after_step(self, trainer: Trainer) -> None:
         is_last = trainer.step == trainer.stop_step
@@ -183,24 +191,31 @@ class CheckpointHook:
         if trainer.step % self.interval == 0 or is_last or is_best or trainer.is_interrupted:
             self.save(trainer, is_best)
 
-    def save(self, trainer: Trainer, is_best: bool) -> None:
-        """Save now. A full disk is an error only if no attempt follows that may succeed."""
+    def save(self, trainer: Trainer, is_best: bool) -> bool:
+        """Save now; False if the disk is full, which is an error only if no attempt follows that may succeed."""
         trainer.check_weights()  # on every process: they are equal, so all stop
         optimizer_state = trainer.optimizer.state_dict()  # on every process: each may hold a share
         if not distributed.is_main():
-            return
+            return True
         try:
             _save(self.store, trainer, optimizer_state, self.description, best=is_best)
         except OSError as error:
             if trainer.step == trainer.stop_step or trainer.is_interrupted:
-                raise
+                raise type(error)(
+                    error.errno,
+                    f"step {trainer.step}, the last one, could not be saved ({error.strerror or error}). Last good "
+                    f"checkpoint: {trainer.last_checkpoint or 'none'}. Make room, and go on with "
+                    "-o Global.checkpoint=auto",
+                    str(self.store.folder),
+                ) from error
             logger.error(
                 "checkpoint of step %d was not saved (%s); the run goes on, the next one will be tried",
                 trainer.step,
                 error,
             )
-        else:
-            trainer.last_checkpoint = self.store.folder / "latest"
+            return False
+        trainer.last_checkpoint = self.store.folder / "latest"
+        return True
 
     def after_train(self, trainer: Trainer) -> None:
         """Nothing: the last step was saved."""

@@ -39,6 +39,8 @@ class Optimizer:
         clip_mode: "each": every parameter by itself (official DINO); "global": all gradients as one vector.
     """
 
+    is_shared = False  # True: step and state_dict must be called by all processes
+
     def __init__(
         self,
         groups: Sequence[ParamGroup],

@@ -78,8 +78,8 @@ def train(config: Config, source: Config) -> Trainer:
             trainer = None  # its memory is needed
             trainer, back = _attempt(config, source, settings, signals, back)
         if trainer.is_interrupted:
-            distributed.barrier()  # a launcher ends all processes when the first one ends
-            raise Interrupted(trainer.step, trainer.last_checkpoint)
+            # Only now: a launcher ends all processes when the first one ends. That one saves, and knows where.
+            raise Interrupted(trainer.step, distributed.broadcast_object(trainer.last_checkpoint))
     return trainer
 
 
@@ -131,8 +131,8 @@ def _save_steps_done(trainer: Trainer) -> None:
     if distributed.world_size() == 1 and trainer.step > 0:
         for hook in trainer.hooks:
             if isinstance(hook, CheckpointHook):
-                hook.save(trainer, is_best=False)
-                logger.info("the steps up to %d are saved in %s", trainer.step, trainer.last_checkpoint)
+                if hook.save(trainer, is_best=False):
+                    logger.info("the steps up to %d are saved in %s", trainer.step, trainer.last_checkpoint)
 
 
 def _prepare(
@@ -328,7 +328,7 @@ def _open_folder(store: CheckpointStore, source: Config, resumed: Optional[Path]
     if resumed is not None and resumed.parent.resolve() == folder.resolve():
         if aside := store.set_aside(after_step=step):
             moved.append(f"{folder} held later steps than {step}: moved to {aside}")
-    elif any(folder.glob(f"*{checkpoint.PARAMS}")):
+    elif not store.is_empty():
         aside = checkpoint.unused_name(folder.with_name(f"{folder.name}.old"))
         folder.rename(aside)
         moved.append(

@@ -81,7 +81,6 @@ class LoaderSettings:
     num_workers: int = 4
     prefetch_factor: int = 2  # batches that each worker prepares in advance
     use_shared_memory: bool = True
-    prefetch_factor: int = 2  # batches that each worker prepares in advance
 
 
 @dataclass

@@ -38,6 +38,8 @@ class ShardedOptimizer(Optimizer):
         ValueError: there are more processes than parameters.
     """
 
+    is_shared = True
+
     def __init__(self, build: Callable[[Sequence[ParamGroup]], Optimizer], groups: Sequence[ParamGroup]) -> None:
         self._owned = shares(groups, distributed.world_size())
         own = {id(parameter) for parameter in self._owned[distributed.rank()]}

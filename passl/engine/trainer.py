@@ -63,7 +63,7 @@ class Trainer:
         progress: what is kept with the checkpoint: of hooks (the best metric, for example), and of the trainer
             (``lr_factor``, which multiplies the scheduled learning rate).
         is_interrupted: whether the last step is the last one because a process was told to stop.
-        last_checkpoint: prefix of what was saved or resumed last.
+        last_checkpoint: prefix of what was resumed or saved last; the first process saves, and knows the latter.
     """
 
     def __init__(
@@ -232,8 +232,11 @@ class Trainer:
             raise RollBack(f"{report}; falling back from {self.precision} to {lower}", progress={"precision": lower})
         else:
             limit = f" {skipped - 1} steps were left out before (max_skipped)." if policy == "skip" else ""
+            again = (
+                "Resume that checkpoint with -o Global.checkpoint=auto and" if self.last_checkpoint else "Start with"
+            )
             raise NonFiniteLossError(
-                f"{report}.{limit} Resume that checkpoint with -o Global.checkpoint=auto and a lower Schedules.lr.base,"
+                f"{report}.{limit} {again} a lower Schedules.lr.base,"
                 " a longer warm-up, a smaller Optimizer.clip_norm or FP16.level=O0, or set Global.non_finite.policy"
                 " to skip or fall_back"
             )
@@ -246,6 +249,7 @@ class Trainer:
         self._seed_step()
         parts = [part for part, _ in self._parts(batch)]
         cause = explain(self.method, parts, lambda part: self._forward(self.method, part), self.loader.dataset.describe)
+        self.last_checkpoint = distributed.broadcast_object(self.last_checkpoint)  # the first process saves
         return (
             f"loss or gradients are not finite at step {self.step} (epoch {epoch}): loss {loss}, {num_bad} of "
             f"{len(norms)} gradients bad; {cause}; {values}; {self.precision}, loss scale "

@@ -75,6 +75,54 @@ def test_other_verdicts(tmp_path, losses, verdict) -> None:
     assert finding.advice
 
 
+@pytest.mark.parametrize("out_dim", [4096, 65536])
+@pytest.mark.parametrize("told", [False, True])
+@pytest.mark.parametrize("seed", range(20))
+def test_a_noisy_plateau(tmp_path, out_dim, told, seed) -> None:
+    """Some epochs lie further off, their mean does not."""
+    plateau = (math.log(out_dim) + 0.01 * np.random.default_rng(seed).standard_normal(60)).tolist()
+    finding = found(tmp_path, [11.3, 10.2, 9.9, *plateau], out_dim if told else None)
+    assert finding.verdict == "uniform collapse"
+    assert f"ln {out_dim} is" in finding.evidence[0]
+
+
+def test_a_short_run_near_0_is_one_hot(tmp_path) -> None:
+    rows = [{"step": step, "phase": "train", "loss": max(5 - step / 20, 0.011)} for step in range(1, 160, 10)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert diagnose(read_run(tmp_path)).verdict == "one-hot collapse"
+
+
+@pytest.mark.parametrize(
+    ("settings", "losses", "verdict"),
+    [
+        ("center_momentum: 1.0", (4.7, 0.8), "one-hot collapse"),
+        ("center_momentum: 0.9", (4.7, 0.8), "healthy"),
+        ("center_momentum: 1.0", (4.7, 3.8), "healthy"),
+        ("student_temp: 0.04", (4.7, 4.8), "uniform collapse"),
+        ("student_temp: 0.05", (4.7, 4.8), "healthy"),
+        ("student_temp: 0.04", (4.7, 3.8), "healthy"),
+        ("student_temp: sharp", (4.7, 4.8), "healthy"),
+    ],
+)
+def test_a_run_without_visits_is_judged_with_its_settings(tmp_path, settings, losses, verdict) -> None:
+    """What `diagnose_every: null` leaves: losses, and a configuration that says what was turned off."""
+    head = "head: {name: DINOHead, out_dim: 128}"
+    (tmp_path / "config.yaml").write_text(
+        f"Model: {{name: DINO, {settings}, {head}}}\nSchedules: {{teacher_temp: {{name: Constant, value: 0.04}}}}\n"
+    )
+    rows = [
+        {"step": step, "phase": "train", "loss": loss} for step, loss in enumerate(np.linspace(*losses, 200).tolist())
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert diagnose(read_run(tmp_path)).verdict == verdict
+
+
+def test_advice_names_flags_as_they_are(tmp_path) -> None:
+    advice = found(tmp_path, [8.3178] * 5).advice
+    assert "--norm_last_layer: true" in advice
+    assert "--use_bn_in_head: true, where the run is short or the network small" in advice
+
+
 HEALTHY = {
     "one epoch": [11.09],
     "two epochs at the start": [11.0903, 11.0901],
@@ -83,6 +131,8 @@ HEALTHY = {
     "passes it slowly": [8.3278 - 0.0015 * epoch for epoch in range(14)],
     "as published": [11.0, 9.5, 8.1, 7.0, *(2.5 + 4.5 * math.exp(-epoch / 25) for epoch in range(300))],
     "flat at the end": [11.0, 9.5, 8.1, *(5.5452 + 4 * math.exp(-epoch / 5) for epoch in range(100))],
+    "noisy near ln 4096, and falling": (8.34 - np.linspace(0, 0.05, 40) + noise(40, 0.005)).tolist(),
+    "noisy beside ln 4096": (8.333 + noise(40, 0.01)).tolist(),
     "noisy": (4.0 + noise(50, 0.2)).tolist(),
     "grows as the teacher sharpens": [5.59, 5.78, 6.1, 6.3, 6.2, 6.0],
 }

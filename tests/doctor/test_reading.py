@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 
 import pytest
 
 from passl.doctor.reading import UnreadableRunError, read_run
+from passl.doctor.verdict import diagnose
 
 OFFICIAL = '{"train_loss": 9.5, "train_lr": 0.0003, "train_wd": 0.04, "epoch": 0}\n{"train_loss": NaN, "epoch": 1}\n'
 TRAIN = [{"step": step, "phase": "train", "epoch": 1, "loss": 6.0, "lr": 0.1, "data_wait": 0.0} for step in (1, 2)]
@@ -55,6 +57,31 @@ def test_official_logs(tmp_path) -> None:
     assert [row["epoch"] for row in read_run(file).curve] == [0, 1]
 
 
+def test_a_line_that_a_kill_cut_off_is_left_out(tmp_path) -> None:
+    """The run that resumes writes on behind it."""
+    lines = ['{"train_loss": 3.0, "epoch": 0}', '{"train_lo{"train_loss": 2.0, "epoch": 1}', '{"train_loss": 1.0}']
+    (tmp_path / "log.txt").write_text("\ufeff" + "\n".join(lines), encoding="utf-8")
+    run = read_run(tmp_path)
+    assert [row["loss"] for row in run.curve] == [3.0, 1.0]
+    assert run.left_out == [2]
+
+
+def test_rows_with_other_things_than_numbers(tmp_path) -> None:
+    """What no rule can read is left out, and a visit that lacks an entropy with it."""
+    odd = ["x", None, [1], 10**400, math.inf]
+    rows = [{**VISIT, "teacher_entropy": value} for value in odd] + [{**VISIT, "lr": value} for value in odd]
+    rows += [{**VISIT, "out_dim": "many"}, {**VISIT, "step": math.nan}, {**TRAIN[0], "lr": 10**400}]
+    run = read_run(write(tmp_path, "metrics.jsonl", rows))
+    assert len(run.visits) == len(odd) + 1
+    assert not any("lr" in row for row in [*run.visits, *run.curve])
+    assert diagnose(run).verdict == "healthy"
+
+
+def test_epochs_are_finite(tmp_path) -> None:
+    (tmp_path / "log.txt").write_text('{"train_loss": 2.0, "epoch": NaN}\n{"train_loss": 1.0, "epoch": 1e999}\n')
+    assert [row["epoch"] for row in read_run(tmp_path).curve] == [0, 1]
+
+
 def test_recorded_official_logs(reference) -> None:
     for file in reference.glob("*_log.txt"):
         run = read_run(file)
@@ -84,8 +111,8 @@ def test_logs_with_passls_lines(tmp_path) -> None:
         (b" \n\n", "empty"),
         (b"\x89PNG\r\n\x1a\n\x00\xff", "not UTF-8 text"),
         (b"hello\nworld\n", "line 1 is no JSON object"),
-        (b'{"train_loss": 1.0}\n{"train_l\n{"train_loss": 1.0}\n', "line 2 is no JSON object"),
-        (b'{"train_loss": 1.0}\n[1, 2]\n{"train_loss": 1.0}\n', "line 2 is no JSON object"),
+        (b'{"train_loss": 1.0}\n{"train_l\n[1, 2]\n', "line 2 is no JSON object"),
+        (b'{"train_loss": %s}\n' % (b"9" * 400), "no row has a loss"),
         (b'{"a": 1}\n', "no row has a loss"),
         (b'{"train_loss": "low"}\n', "no row has a loss"),
         (b'{"step": 1, "phase": "eval", "knn": 3.0}\n', "no row of the phases train or doctor has a loss"),

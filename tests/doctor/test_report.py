@@ -47,6 +47,11 @@ def test_picture_and_page(tmp_path: Path, visits, verdict) -> None:
     assert not re.search(r"https?://|<script|<link|url\(", text), "the page needs nothing else"
 
 
+def test_numbers_beyond_any_axis_leave_a_gap(tmp_path: Path) -> None:
+    run = Run(curve=[{"step": step, "loss": loss} for step, loss in enumerate([9.0, 1e308, -1e308, math.inf, 9.0])])
+    assert write_report(run, Finding("unstable"), "run", tmp_path)[0].is_file()
+
+
 def test_empty_panels_are_left_out(tmp_path: Path) -> None:
     run = Run(curve=[{"epoch": 0, "loss": 3.0}], is_by_epoch=True)
     picture, page = write_report(run, Finding("healthy"), "log.txt", tmp_path)

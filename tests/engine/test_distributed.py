@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -26,8 +27,8 @@ def folder(tmp_path_factory):
     return folder
 
 
-def launch_command(folder, program, *arguments, processes):
-    command = [sys.executable, "-m", "paddle.distributed.launch", "--nproc_per_node", str(processes)]
+def launch_command(folder, program, *arguments, processes, launcher=()):
+    command = [sys.executable, "-m", "paddle.distributed.launch", "--nproc_per_node", str(processes), *launcher]
     command += ["--log_dir", str(folder / "launch"), str(program), *map(str, arguments)]
     environment = {name: value for name, value in tiny.process_environment().items() if not name.startswith("PADDLE_")}
     return command, environment
@@ -38,9 +39,9 @@ def launch(folder, program, *arguments, processes=2):
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
 
 
-def start(folder, program, *arguments, processes=2):
+def start(folder, program, *arguments, processes=2, launcher=()):
     """The launched job, while it runs."""
-    command, environment = launch_command(folder, program, *arguments, processes=processes)
+    command, environment = launch_command(folder, program, *arguments, processes=processes, launcher=launcher)
     pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     return subprocess.Popen(command, cwd=folder, env=environment, text=True, **pipe)
 
@@ -49,21 +50,42 @@ def options(**values):
     return tiny.overrides(Model__backbone__drop_path_rate=0, Global__epochs=5, Global__max_train_step=10, **values)
 
 
+@pytest.fixture(scope="module")
+def one(folder):
+    """A run of one process."""
+    values = {"Global__output_dir": folder / "one", "DataLoader__Train__sampler__batch_size": 8}
+    done = tiny.run(tiny.TRAIN, "-c", folder / "pretrain.yaml", *options(**values))
+    assert done.returncode == 0, done.stderr
+    return folder / "one/DINO"
+
+
 @pytest.mark.smoke
-def test_two_processes_are_one_with_twice_the_batch(folder):
-    one = tiny.run(
-        tiny.TRAIN,
-        "-c",
-        folder / "pretrain.yaml",
-        *options(Global__output_dir=folder / "one", DataLoader__Train__sampler__batch_size=8),
-    )
-    assert one.returncode == 0, one.stderr
+def test_two_processes_are_one_with_twice_the_batch(folder, one):
     two = launch(folder, TOOL, "-c", folder / "pretrain.yaml", *options(Global__output_dir=folder / "two"))
     assert two.returncode == 0, two.stdout + two.stderr
-    tiny.assert_close_runs(folder / "one/DINO", folder / "two/DINO")
+    tiny.assert_close_runs(one, folder / "two/DINO")
     assert len((folder / "two/DINO/train.log").read_text().splitlines()) == len(
-        (folder / "one/DINO/train.log").read_text().splitlines()
+        (one / "train.log").read_text().splitlines()
     )
+
+
+@pytest.mark.slow
+def test_two_nodes_are_one_process_with_twice_the_batch(folder, one):
+    """Two launchers, each with its process and two micro-batches; shares of the optimizer's state."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        master = f"127.0.0.1:{free.getsockname()[1]}"
+    arguments = ["-c", folder / "pretrain.yaml", *options(Global__output_dir=folder / "nodes", Global__accum_steps=2)]
+    arguments += ["-o", "DistributedStrategy.sharding=true"]
+    nodes = []
+    for rank in range(2):
+        (folder / f"node{rank}").mkdir()
+        place = ["--nnodes", "2", "--rank", str(rank), "--master", master]
+        nodes.append(start(folder / f"node{rank}", TOOL, *arguments, processes=1, launcher=place))
+    for node in nodes:
+        shown, _ = node.communicate(timeout=300)
+        assert node.returncode == 0, shown
+    tiny.assert_close_runs(one, folder / "nodes/DINO")
 
 
 @pytest.mark.smoke

@@ -90,7 +90,7 @@ def test_the_report_names_sample_layer_and_last_checkpoint(folder):
         assert f"last good checkpoint: {folder / 'out/DINO/latest'}" in error
         assert checkpoint.read_states(folder / "out/DINO/latest")["step"] <= step
     else:
-        assert "last good checkpoint: none" in error
+        assert "last good checkpoint: none. Start with a lower Schedules.lr.base" in error
 
 
 # What a layer does from one step on.
@@ -222,6 +222,8 @@ def test_processes_agree_on_steps_that_one_of_them_cannot_do(folder):
     log = "".join(path.read_text(errors="replace") for path in (folder / "launch").rglob("workerlog.0"))
     assert "process 1: the first layer whose output is not finite is teacher.backbone.blocks.0" in log
     assert "process 0:" not in log.split("not finite at step 7")[-1]
+    log = "".join(path.read_text(errors="replace") for path in (folder / "launch").rglob("workerlog.1"))
+    assert f"last good checkpoint: {folder / 'out/DINO/latest'}" in log, "which the other process saved"
 
 
 class CastingPrecision(Precision):

@@ -95,7 +95,7 @@ def _global(c: Choices) -> Iterator[Setting]:
         micro = math.ceil(c.batch_size / c.accum_steps)
         yield Setting("Global.accum_steps", c.accum_steps,
                       f"memory holds {micro} images at a time: the batch is taken in {c.accum_steps} parts, with the "
-                      "loss and centre of the whole")  # fmt: skip
+                      "loss and centre of the whole; batch norms see one part at a time")  # fmt: skip
     yield Setting("Global.save_interval", length.save_every,
                   "epochs; the last is always saved. Saving takes at most 3 % of the time")  # fmt: skip
     yield Setting("Global.print_batch_step", min(max(c.steps_per_epoch // 10, 1), 50))

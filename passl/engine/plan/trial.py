@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import json
+import multiprocessing
 import os
 import resource
+import signal
 import sys
 import time
 import traceback
@@ -14,7 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
 
+from passl.processes import end_with
+
 _SCORE = Path("/proc/self/oom_score_adj")
+_TIMED_IMAGES = 64
 _STATUS = "/proc/{}/status"
 
 
@@ -40,6 +45,8 @@ def main(trial: Trial, folder: Path) -> None:
     with (folder / "log.txt").open("w", encoding="utf-8") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
+        if not end_with(multiprocessing.parent_process().pid, signal.SIGKILL):
+            return
         if _SCORE.exists():
             _SCORE.write_text("1000", encoding="ascii")  # short of memory, the kernel ends this process, not another
         try:
@@ -145,13 +152,12 @@ def _loading_rate(config: Any) -> float:
 
     loader = build.train_loader(config, 0)
     skipped = max(loader.num_workers, 1)  # these start together and say nothing about what follows
-    started, count = 0.0, 0
-    for number, batch in enumerate(loader.iterate(0, skipped + 2 * max(loader.num_workers, 1))):
-        if number == skipped - 1:
-            started = time.perf_counter()
-        elif number >= skipped:
-            count += len(batch["index"])
-    return count / max(time.perf_counter() - started, 1e-9)
+    wanted = max(2 * skipped, -(-_TIMED_IMAGES // loader.sampler.batch_size))
+    times, count = [], 0
+    for number, batch in enumerate(loader.iterate(0, skipped + wanted)):
+        times.append(time.perf_counter())
+        count += len(batch["index"]) if number >= skipped else 0
+    return count / max(times[-1] - times[skipped - 1], 1e-9)
 
 
 def _peak() -> float:
