@@ -108,6 +108,7 @@ def train(folder: Path, **values: object) -> tuple[int, str]:
     return done.returncode, done.stderr
 
 
+@pytest.mark.slow
 def test_a_run_on_a_share_and_its_resume(folder: Path) -> None:
     """15 images; batches of 4: 8 of them make 2 steps an epoch."""
     values = {"DataLoader__Train__sampler__pct": 0.55, "Global__output_dir": folder / "out"}

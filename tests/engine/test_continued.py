@@ -154,7 +154,9 @@ def test_the_backbone_is_trained_when_the_heads_are_warm(folder, warmed_up):
         np.testing.assert_allclose(np.asarray(moments[f"{name}_beta1_pow_acc_0"]), 0.9 ** (steps + 1), rtol=1e-5)
 
 
-@pytest.mark.parametrize("killed_at", [3, 5, 8])
+@pytest.mark.parametrize(
+    "killed_at", [pytest.param(3, marks=pytest.mark.slow), 5, pytest.param(8, marks=pytest.mark.slow)]
+)
 def test_killed_and_resumed_it_ends_the_same(folder, warmed_up, killed_at):
     out = f"warm_killed{killed_at}"
     values = {"Global__pretrained_model": folder / "backbone.pth", **WARM_UP, **OTHER}
@@ -167,7 +169,8 @@ def test_killed_and_resumed_it_ends_the_same(folder, warmed_up, killed_at):
 
 
 @pytest.mark.parametrize(
-    ("clip_mode", "sharding"), [pytest.param("each", "true", marks=pytest.mark.smoke), ("global", "false")]
+    ("clip_mode", "sharding"),
+    [pytest.param("each", "true", marks=pytest.mark.smoke), pytest.param("global", "false", marks=pytest.mark.slow)],
 )
 def test_two_processes_warm_up_as_one(folder, clip_mode, sharding):
     """Where data parallel training wants a gradient of every parameter; in micro-batches; with a shared-out state."""
@@ -193,7 +196,7 @@ def test_two_processes_warm_up_as_one(folder, clip_mode, sharding):
     tiny.assert_close_runs(*runs)
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_frozen_resnet_keeps_its_running_statistics(folder, processes):
     """In two networks that differ, to the last bit, and with moments of the heads only."""
     out = f"resnet{processes}"

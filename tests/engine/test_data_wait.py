@@ -123,7 +123,7 @@ def train(folder, out, first: str, **more: object):
     return tiny.run(tiny.TRAIN, "-c", folder / "probe.yaml", *tiny.overrides(**options))
 
 
-@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize("num_workers", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_slow_transform_is_told_once(folder, tmp_path, num_workers: int) -> None:
     done = train(
         folder,
@@ -178,6 +178,7 @@ def test_a_worker_that_dies_ends_the_run_with_one_message(folder, tmp_path, use_
     ), done.stderr
 
 
+@pytest.mark.slow
 def test_the_list_of_files_is_kept_beside_the_runs(folder, tmp_path) -> None:
     for _ in range(2):
         done = train(folder, tmp_path, "", Global__max_train_step=1)

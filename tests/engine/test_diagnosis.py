@@ -146,7 +146,7 @@ CASES = {
         ["% of the time passes waiting for data", "DataLoader.Train.loader.num_workers (now 0)"],
     ),
 }
-QUICK = ("centring off", "one image")
+QUICK = ("one image",)
 
 
 @pytest.mark.parametrize(

@@ -109,6 +109,7 @@ def test_batch_norms_see_the_batches_of_all_processes(folder, float64):
             np.testing.assert_allclose(found, value, rtol=0, atol=1e-12, err_msg=f"{name} {key}")
 
 
+@pytest.mark.slow
 def test_the_resnet_recipe_on_two_processes_is_one_with_twice_the_batch(folder):
     """At a tiny size, with batch norms in the head too, and with micro-batches."""
     values = {

@@ -274,7 +274,7 @@ def test_without_the_rule_the_largest_value_is_the_best(folder, stopped):
     assert checkpoint.read_states(folder / "off/DINO/best")["step"] == 21  # the first of equals
 
 
-@pytest.mark.parametrize("killed_at", [6, 11, 15])
+@pytest.mark.parametrize("killed_at", [6, *(pytest.param(step, marks=pytest.mark.slow) for step in (11, 15))])
 def test_killed_and_resumed_it_decides_the_same(folder, stopped, killed_at):
     out = f"killed{killed_at}"
     killed = train(folder, out, tables=[MEASURED], killed_at=killed_at)
