@@ -9,7 +9,7 @@ from typing import Any, Callable, Optional
 
 from passl.doctor import advice
 from passl.doctor.finding import DATA_BOUND, NOT_LEARNING, ONE_HOT, UNIFORM, UNSTABLE, Finding
-from passl.doctor.runs import Row, Run, values
+from passl.doctor.runs import Row, Run, trailing, values
 
 MIN_EPOCHS = 3  # of a plateau
 _MIN_STEPS, _SHORT = 200, 80  # of a plateau; where its cause is known
@@ -62,7 +62,7 @@ def told_by_settings(run: Run) -> Optional[Finding]:
     student = advice.setting(run, "Model.student_temp")
     level = math.log(run.out_dim)
     if _is_number(teacher) and _is_number(student) and teacher >= student:
-        rows = _trailing(run.curve, lambda row: row["loss"] >= 0.95 * level)
+        rows = trailing(run.curve, lambda row: row["loss"] >= 0.95 * level)
         if len(rows) >= 2 and rows[-1]["step"] - rows[0]["step"] >= _SHORT:
             evidence = (
                 f"the loss stays near ln(out_dim), {level:.4f}: {losses[-1]:.4f}",
@@ -99,12 +99,12 @@ def _is_power_of_two(number: int) -> bool:
 def _plateau(run: Run, out_dim: int, near: float) -> Sequence[Row]:
     """The last rows, if they stay at ln K for long; a noisy plateau is longer, and its mean lies there."""
     level = math.log(out_dim)
-    rows = _trailing(run.curve, lambda row: abs(row["loss"] - level) <= near)
+    rows = trailing(run.curve, lambda row: abs(row["loss"] - level) <= near)
     if _is_long(run, rows) and not _falls(rows):
         return rows
     if run.out_dim is None and not _is_power_of_two(out_dim):
         return []
-    rows = _trailing(run.curve, lambda row: abs(row["loss"] - level) <= _NOISE)
+    rows = trailing(run.curve, lambda row: abs(row["loss"] - level) <= _NOISE)
     if len(rows) < 3 * _MIN_ROWS or not _is_long(run, rows) or _falls(rows):
         return []
     half = len(rows) // 2
@@ -121,7 +121,7 @@ def plausible_out_dims() -> list[int]:
 def one_hot(run: Run) -> Optional[Finding]:
     if run.has_labels:
         return None
-    rows = _trailing(run.curve, lambda row: row["loss"] <= _ZERO)
+    rows = trailing(run.curve, lambda row: row["loss"] <= _ZERO)
     # No run passes here, or starts here: it need not last.
     if len(rows) < 2 or not (len(rows) >= _MIN_ROWS or rows[-1]["loss"] < _ZERO / 10):
         return None
@@ -191,15 +191,6 @@ def _falls(rows: Sequence[Row]) -> bool:
     spread = [statistics.pvariance([row["loss"] for row in part]) / len(part) for part in parts]
     by_chance = 3 * math.sqrt(spread[0] + spread[2])
     return levels[0] - levels[2] > max(0.004, by_chance) and levels[0] > levels[1] > levels[2]
-
-
-def _trailing(rows: Sequence[Row], holds: Callable[[Row], bool]) -> list[Row]:
-    found: list[Row] = []
-    for row in reversed(rows):
-        if not holds(row):
-            break
-        found.append(row)
-    return found[::-1]
 
 
 def _place(run: Run, row: Row) -> str:

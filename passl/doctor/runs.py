@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
@@ -89,3 +89,13 @@ def values(rows: Iterable[Row], key: str) -> list[float]:
     """The finite values of `key`, in order."""
     found = [row[key] for row in rows if isinstance(row.get(key), (int, float))]
     return [float(value) for value in found if math.isfinite(value)]
+
+
+def trailing(rows: Sequence[Row], holds: Callable[[Row], bool]) -> list[Row]:
+    """The last rows for all of which something holds."""
+    found: list[Row] = []
+    for row in reversed(rows):
+        if not holds(row):
+            break
+        found.append(row)
+    return found[::-1]

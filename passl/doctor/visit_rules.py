@@ -14,7 +14,7 @@ from typing import Callable, Optional
 
 from passl.doctor import advice
 from passl.doctor.finding import DATA_BOUND, NOT_LEARNING, ONE_HOT, UNIFORM, UNSTABLE, Finding
-from passl.doctor.runs import Row, Run, values
+from passl.doctor.runs import Row, Run, trailing, values
 
 Rule = Callable[[Run], Optional[Finding]]
 
@@ -138,7 +138,7 @@ def one_hot(run: Run) -> Optional[Finding]:
     is_off = run.last_step >= _SHORT and run.visits[-1].get("center_norm") == 0
     first = run.visits[0]
     limit = max(_ONE_HOT, 0.2 * run.uniform, _NARROWED * first["teacher_mean_entropy"]) if is_off else _ONE_HOT
-    rows = _trailing(run.visits, lambda row: row["teacher_mean_entropy"] <= limit)
+    rows = trailing(run.visits, lambda row: row["teacher_mean_entropy"] <= limit)
     if len(rows) < 2 or run.last_step < 20:
         return None
     last = rows[-1]
@@ -161,7 +161,7 @@ def uniform(run: Run) -> Optional[Finding]:
     temps = last.get("teacher_temp"), last.get("student_temp")
     is_off = None not in temps and temps[0] >= temps[1]
     if is_off:
-        rows = _trailing(
+        rows = trailing(
             run.visits,
             lambda row: (
                 row["teacher_entropy"] >= _NEAR_UNIFORM * run.uniform
@@ -170,7 +170,7 @@ def uniform(run: Run) -> Optional[Finding]:
         )
         patience = _SHORT
     else:
-        rows = _trailing(
+        rows = trailing(
             run.visits,
             lambda row: (
                 row["teacher_entropy"] >= _NEAR_UNIFORM * run.uniform
@@ -217,7 +217,7 @@ def same_answer(run: Run) -> Optional[Finding]:
     """Neither uniform nor one-hot, and yet equal for all images."""
     if not run.has_entropies:
         return None
-    rows = _trailing(run.visits, lambda row: _information(row) <= 0.5 * _NO_INFORMATION * run.uniform)
+    rows = trailing(run.visits, lambda row: _information(row) <= 0.5 * _NO_INFORMATION * run.uniform)
     # Near the uniform answer the other rule knows how long to wait.
     if len(rows) < 3 or _length(rows) < 2 * _LONG or rows[-1]["teacher_entropy"] >= 0.9 * run.uniform:
         return None
@@ -252,16 +252,6 @@ def _entropies(run: Run, row: Row) -> str:
         f"the teacher's answers have an entropy of {row['teacher_entropy']:.4f}, their mean one of "
         f"{row['teacher_mean_entropy']:.4f}; ln(out_dim) is {run.uniform:.4f}"
     )
-
-
-def _trailing(rows: Sequence[Row], holds: Callable[[Row], bool]) -> list[Row]:
-    """The last rows for all of which something holds."""
-    found: list[Row] = []
-    for row in reversed(rows):
-        if not holds(row):
-            break
-        found.append(row)
-    return found[::-1]
 
 
 def _length(rows: Sequence[Row]) -> int:
