@@ -124,15 +124,17 @@ def test_the_first_steps_prove_nothing() -> None:
 
 
 def test_a_probe_has_no_entropies() -> None:
-    """Its weights start near 0 and grow, and without drawn crops each epoch repeats the one before."""
+    """Its weights start near 0 and grow, its loss may rise and fall at the rates that are usual for it, and without
+    drawn crops each epoch repeats the one before.
+    """
     run = Run(has_labels=True)
     for step in range(1, 400, 20):
         row = {"step": step, "loss": 2.0, "weight_rms": 0.01 * step, "update_ratio": 0.1, "repeated_samples": 1.0}
         run.add({**row, "data_wait": 0.1})
     assert diagnose(run).verdict == "healthy"
     for step in range(400, 500, 20):
-        run.add({"step": step, "loss": 50.0 + step, "loss_max": 500.0, "weight_rms": 1.0, "update_ratio": 0.1})
-    assert diagnose(run).verdict == "unstable"
+        run.add({"step": step, "loss": 15.8, "loss_max": 30.0, "weight_rms": 1.0, "update_ratio": 0.1})
+    assert diagnose(run).verdict == "healthy"
 
 
 def test_advice_names_present_values() -> None:
