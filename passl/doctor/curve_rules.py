@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
-from typing import Any, Callable, Optional
+from typing import Callable, Optional
 
 from passl.doctor import advice
 from passl.doctor.finding import DATA_BOUND, NOT_LEARNING, ONE_HOT, UNIFORM, UNSTABLE, Finding
-from passl.doctor.runs import Row, Run, trailing, values
+from passl.doctor.runs import Row, Run, is_number, trailing, values
 
 MIN_EPOCHS = 3  # of a plateau
 _MIN_STEPS, _SHORT = 200, 80  # of a plateau; where its cause is known
@@ -61,7 +61,7 @@ def told_by_settings(run: Run) -> Optional[Finding]:
     teacher = run.settings.get(advice.height(run, "Schedules.teacher_temp"))
     student = advice.setting(run, "Model.student_temp")
     level = math.log(run.out_dim)
-    if _is_number(teacher) and _is_number(student) and teacher >= student:
+    if is_number(teacher) and is_number(student) and teacher >= student:
         rows = trailing(run.curve, lambda row: row["loss"] >= 0.95 * level)
         if len(rows) >= 2 and rows[-1]["step"] - rows[0]["step"] >= _SHORT:
             evidence = (
@@ -77,10 +77,6 @@ def told_by_settings(run: Run) -> Optional[Finding]:
 
 def _fall(losses: Sequence[float]) -> str:
     return f"the loss fell from {losses[0]:.4f} to {losses[-1]:.4f}, as it does when the answers become the same"
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _candidates(run: Run) -> list[int]:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 import math
 import re
-import sys
 from pathlib import Path
 from typing import Any, Optional
 
-from passl.doctor.runs import Run, flattened, out_dim_of
+from passl.doctor.runs import Run, flattened, is_number, out_dim_of
 from passl.yaml_io import ConfigError, parse
 
 METRICS, CONFIG, OFFICIAL_LOG, TRAIN_LOG = "metrics.jsonl", "config.yaml", "log.txt", "train.log"
@@ -72,7 +71,7 @@ def _from_json(file: Path, text: str) -> Run:
         run = _ours(file, ours)
         run.left_out = left_out
         return run
-    official = [row for row in rows if _is_number(row.get("train_loss"))]
+    official = [row for row in rows if is_number(row.get("train_loss"))]
     if official:
         run = _official(official)
         run.left_out = left_out
@@ -122,7 +121,7 @@ def _readable(row: dict[str, Any]) -> dict[str, Any]:
     return {
         key: value
         for key, value in row.items()
-        if (isinstance(value, str) if key in _TEXTS else _is_number(value))
+        if (isinstance(value, str) if key in _TEXTS else is_number(value))
         and (key in _TEXTS or key in _LOSSES or math.isfinite(value))
     }
 
@@ -151,11 +150,11 @@ def _settings(file: Path) -> dict[str, Any]:
 def _official(rows: list[dict[str, Any]]) -> Run:
     by_epoch: dict[float, dict[str, Any]] = {}
     for number, row in enumerate(rows):
-        epoch = row["epoch"] if _is_number(row.get("epoch")) and math.isfinite(row["epoch"]) else number
+        epoch = row["epoch"] if is_number(row.get("epoch")) and math.isfinite(row["epoch"]) else number
         by_epoch[epoch] = {  # a resumed run writes some epochs again
             "epoch": epoch,
             "loss": float(row["train_loss"]),
-            **{ours: row[theirs] for ours, theirs in _OFFICIAL_NAMES if _is_number(row.get(theirs))},
+            **{ours: row[theirs] for ours, theirs in _OFFICIAL_NAMES if is_number(row.get(theirs))},
         }
     has_labels = any("test_acc1" in row or "test_loss" in row for row in rows)
     curve = [by_epoch[epoch] for epoch in sorted(by_epoch)]
@@ -177,10 +176,3 @@ def _from_lines(file: Path, text: str) -> Run:
     settings = _settings(file.with_name(CONFIG))
     has_labels = any("CELoss" in row or "top1" in row for row in rows)
     return Run(curve=rows, settings=settings, out_dim=out_dim_of(settings), has_labels=has_labels)
-
-
-def _is_number(value: Any) -> bool:
-    """Integers may have more digits than a float can hold."""
-    if isinstance(value, int) and not isinstance(value, bool):
-        return abs(value) <= sys.float_info.max
-    return isinstance(value, float)

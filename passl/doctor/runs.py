@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Optional
@@ -89,6 +90,13 @@ def values(rows: Iterable[Row], key: str) -> list[float]:
     """The finite values of `key`, in order."""
     found = [row[key] for row in rows if isinstance(row.get(key), (int, float))]
     return [float(value) for value in found if math.isfinite(value)]
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is one that a float can hold; integers may have more digits. True and False are none."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return abs(value) <= sys.float_info.max
+    return isinstance(value, float)
 
 
 def trailing(rows: Sequence[Row], holds: Callable[[Row], bool]) -> list[Row]:

@@ -23,6 +23,7 @@ from passl.doctor.verdict import diagnose
 from passl.engine.hooks import LogHook
 from passl.engine.trainer import Trainer
 from passl.log import read_metrics
+from passl.models.functional import tensor_of
 from passl.yaml_io import parse
 
 logger = logging.getLogger("passl")
@@ -195,9 +196,10 @@ class BatchWatch:
         if images is None:
             return
         count = batch["index"].shape[0] if "index" in batch else images.shape[0]
-        first_views = images[:count].reshape([count, -1]).numpy()
+        first_views = images[:count].reshape([count, -1])
         columns = np.linspace(0, first_views.shape[1] - 1, min(_PIXELS, first_views.shape[1])).astype(np.int64)
-        self._prints = [hashlib.blake2b(row.tobytes(), digest_size=8).digest() for row in first_views[:, columns]]
+        pixels = paddle.index_select(first_views, tensor_of(columns), axis=1).numpy()
+        self._prints = [hashlib.blake2b(row.tobytes(), digest_size=8).digest() for row in pixels]
 
     def numbers(self) -> dict[str, float]:
         """Shares of the batch, between 0 and 1: samples that differ from each other, and samples seen at an earlier

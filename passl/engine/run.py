@@ -140,10 +140,10 @@ def _prepare(
     """The trainer, at the step where it is to begin, its checkpoints, and the prefix of the one it goes on from."""
     store = CheckpointStore(_folder(config, settings), settings.max_num_latest_checkpoint)
     resumed = back.prefix or store.newest_intact() if back else start.resume_prefix(settings, store)
-    progress = {
-        **(checkpoint.run_states(resumed).get("progress") or {} if resumed else {}),
-        **(back.progress if back else {}),
-    }
+    # The checksums of the others were compared when they were chosen.
+    read = checkpoint.read_states if back and back.prefix else checkpoint.run_states
+    saved = read(resumed) if resumed else {}
+    progress = {**(saved.get("progress") or {}), **(back.progress if back else {})}
     precision = build.precision(config, progress.get("precision"))
     paddle.seed(settings.seed)
     method = build.model(config)
@@ -166,7 +166,7 @@ def _prepare(
         start.load_start(settings, method)
     else:
         identity = start.identity_of(loader, line, settings.seed)
-        states = start.resume(resumed, method, optimizer, identity, precision)
+        states = start.resume(resumed, saved, method, optimizer, identity, precision)
         start.warn_of_changes(states, source)
     starts = distributed.gather_objects(states["step"] if states else 0)
     if len(set(starts)) > 1:

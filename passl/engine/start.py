@@ -57,10 +57,17 @@ def identity_of(loader: Loader, line: Timeline, seed: int) -> dict[str, float]:
 
 
 def resume(
-    prefix: Path, method: Method, optimizer: Optimizer, identity: Mapping[str, float], precision: Precision
+    prefix: Path,
+    saved: Mapping[str, Any],
+    method: Method,
+    optimizer: Optimizer,
+    identity: Mapping[str, float],
+    precision: Precision,
 ) -> dict[str, Any]:
-    """Method and optimizer as they were saved under ``prefix``; returns the states saved with them."""
-    states = {"pct": 1.0, **checkpoint.read_states(prefix)}  # passl once had no shares
+    """Method and optimizer as they were saved under ``prefix`` together with the states ``saved``; returns these as
+    those of this run.
+    """
+    states = {"pct": 1.0, **saved}  # passl once had no shares
     if states.get("converted"):
         states = _at_epoch_start(prefix, states, identity)
     unknown = [key for key in (*identity, "epoch", "scaler", "progress", "config") if key not in states]

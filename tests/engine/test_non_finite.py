@@ -22,44 +22,19 @@ from passl.models.vision_transformer import VisionTransformer
 from tests.engine import tiny
 from tests.engine.test_distributed import launch
 
-FLOATS = """
-Data: {{channels: 3, mean: [0, 0, 0], std: [1, 1, 1]}}
-Global:
-  {{output_dir: {folder}/out, device: cpu, epochs: 4, seed: 3, save_interval: 2it, print_batch_step: 1,
-    use_visualdl: false}}
-Model:
-  name: DINO
-  backbone: {{name: VisionTransformer, img_size: 16, patch_size: 8, embed_dim: 12, depth: 2, num_heads: 2}}
-  head: {{name: DINOHead, out_dim: 20, hidden_dim: 12, bottleneck_dim: 8}}
-Schedules:
-  lr: {{name: Constant, value: 0.001}}
-  teacher_momentum: {{name: Constant, value: 0.9}}
-  teacher_temp: {{name: Constant, value: 0.04}}
-Optimizer: {{name: AdamW}}
-DataLoader:
-  Train:
-    dataset:
-      name: ImageFolder
-      root: {folder}/floats
-      transform: {{name: MultiCrop, global_crops_size: 16, local_crops_size: 8, num_local_crops: 2}}
-    sampler: {{batch_size: 4}}
-    loader: {{num_workers: 0}}
-"""
+# Three steps an epoch, nine in all; checkpoints every two steps.
+LAST_STEP = 9
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """12 images of floats, 3 steps an epoch."""
-    rng = np.random.default_rng(0)
-    (tmp_path / "floats/a").mkdir(parents=True)
-    for number in range(12):
-        np.save(tmp_path / f"floats/a/{number:02d}.npy", rng.random((20, 20, 3), np.float32))
-    tiny.write_config(tmp_path, FLOATS, "floats.yaml")
+    tiny.write_images(tmp_path)
+    tiny.write_config(tmp_path, tiny.PRETRAIN, "pretrain.yaml")
     return tmp_path
 
 
 def train(folder, *more):
-    return tiny.run(tiny.TRAIN, "-c", folder / "floats.yaml", *more)
+    return tiny.run(tiny.TRAIN, "-c", folder / "pretrain.yaml", *more)
 
 
 # One sample of each epoch reaches the model as NaN.
@@ -76,13 +51,13 @@ Trainer.train_step = spoil
 
 @pytest.mark.smoke
 def test_the_report_names_sample_layer_and_last_checkpoint(folder):
-    done = tiny.run(SPOIL + tiny.TRAIN, "-c", folder / "floats.yaml")
+    done = tiny.run(SPOIL + tiny.TRAIN, "-c", folder / "pretrain.yaml")
     assert done.returncode == 1, done.stderr
     error = done.stderr[done.stderr.index("error: loss or gradients are not finite at step") :]
     assert "loss nan" in error
-    assert f"the input itself (global_crops) is not finite, 1 sample(s): {folder / 'floats/a/07.npy'};" in error
+    assert f"the input itself (global_crops) is not finite, 1 sample(s): {folder / 'train/class1/2.png'};" in error
     assert "float32 (FP16.level O0), loss scale 1" in error
-    assert "lr 0.001" in error
+    assert "teacher_temp 0.04" in error
     assert "last good checkpoint: " in error
     assert "Traceback" not in done.stderr
     step = int(error.split("at step ")[1].split()[0])
@@ -111,7 +86,7 @@ Trainer.train_step, Layer.forward = count, spoil
 
 def poisoned(folder, change, when, *more, layer="Block"):
     code = POISON.format(layer=layer, change=change, when=when)
-    return tiny.run(code + tiny.TRAIN, "-c", folder / "floats.yaml", *more)
+    return tiny.run(code + tiny.TRAIN, "-c", folder / "pretrain.yaml", *more)
 
 
 def test_the_first_layer_is_named(folder):
@@ -120,7 +95,7 @@ def test_the_first_layer_is_named(folder):
     assert "at step 5 (epoch 2)" in done.stderr
     first = "the first layer whose output is not finite is teacher.backbone.blocks.0 (Block, float32 [8, 5, 12])"
     assert f"{first}, 4 sample(s): " in done.stderr
-    assert done.stderr.count(".npy") == 4
+    assert done.stderr.count(".png") == 4
     assert f"last good checkpoint: {folder / 'out/DINO/latest'}" in done.stderr
     assert checkpoint.read_states(folder / "out/DINO/latest")["step"] == 4
 
@@ -143,10 +118,10 @@ def test_skipping_leaves_the_step_out(folder):
     assert done.returncode == 0, done.stderr
     assert "this step is left out (2 of at most 2)" in done.stderr
     states = checkpoint.read_states(folder / "out/DINO/latest")
-    assert states["step"] == 12
+    assert states["step"] == LAST_STEP
     assert states["progress"]["skipped_steps"] == 2
     rows = [row for row in read_metrics(folder / "out/DINO/metrics.jsonl") if row["phase"] == "train"]
-    assert [row["step"] for row in rows] == list(range(1, 13))
+    assert [row["step"] for row in rows] == list(range(1, LAST_STEP + 1))
     assert all("loss" not in row if row["step"] in (5, 7) else np.isfinite(row["loss"]) for row in rows)
     weights = checkpoint.read_weights(folder / "out/DINO/latest")
     assert all(np.isfinite(value).all() for value in weights.values())
@@ -212,11 +187,11 @@ def test_processes_agree_on_steps_that_one_of_them_cannot_do(folder):
     """One goes back with the other, and leaves the step out that is not finite on the other."""
     job = folder / "job.py"
     job.write_text(ON_PROCESS_1)
-    command = ["-c", folder / "floats.yaml", *tiny.overrides(DataLoader__Train__sampler__batch_size=2)]
+    command = ["-c", folder / "pretrain.yaml", *tiny.overrides(DataLoader__Train__sampler__batch_size=2)]
     skipped = launch(folder, job, *command, "-o", "Global.non_finite.policy=skip")
     assert skipped.returncode == 0, skipped.stdout + skipped.stderr
     states = checkpoint.read_states(folder / "out/DINO/latest")
-    assert (states["step"], states["progress"]["lr_factor"], states["progress"]["skipped_steps"]) == (12, 0.5, 1)
+    assert (states["step"], states["progress"]["lr_factor"], states["progress"]["skipped_steps"]) == (LAST_STEP, 0.5, 1)
     stopped = launch(folder, job, *command)
     assert stopped.returncode != 0
     log = "".join(path.read_text(errors="replace") for path in (folder / "launch").rglob("workerlog.0"))
@@ -256,9 +231,9 @@ def test_falling_back_goes_on_from_the_last_good_checkpoint(folder, half_precisi
 
     monkeypatch.setattr(Trainer, "_forward", overflow)
     options = ["Global.non_finite.policy=fall_back", "FP16={level: O1, dtype: float16}"]
-    source = load(folder / "floats.yaml", options)
+    source = load(folder / "pretrain.yaml", options)
     trainer = run.train(run.checked(source, True), source)
-    assert trainer.step == 12
+    assert trainer.step == LAST_STEP
     assert trainer.progress["precision"] == {"level": "O0", "dtype": "float16"}
     steps = [(step, kind.split(" ")[0]) for step, kind in dict.fromkeys(used)]
     assert (5, "float16") in steps
@@ -269,7 +244,7 @@ def test_falling_back_goes_on_from_the_last_good_checkpoint(folder, half_precisi
     log = (folder / "out/DINO/train.log").read_text()
     assert "falling back from float16 (FP16.level O1)" in log
     assert "resuming" in log
-    plain = load(folder / "floats.yaml", [f"Global.output_dir={folder / 'plain'}"])
+    plain = load(folder / "pretrain.yaml", [f"Global.output_dir={folder / 'plain'}"])
     run.train(run.checked(plain, True), plain)
     weights = [checkpoint.read_weights(folder / out / "DINO/latest") for out in ("out", "plain")]
     assert all(weights[0][name].tobytes() == weights[1][name].tobytes() for name in weights[0])
