@@ -35,11 +35,14 @@ PathLike = Union[str, Path]
 
 
 class ConvertedBackbone(NamedTuple):
-    """name, arguments: of a registered backbone. state: its weights, for :func:`passl.checkpoint.load_weights`."""
+    """name, arguments: of a registered backbone. state: its weights, for :func:`passl.checkpoint.load_weights`.
+    unknown: arguments that nothing in the file shows.
+    """
 
     name: str
     arguments: dict[str, Any]
     state: dict[str, np.ndarray]
+    unknown: tuple[str, ...] = ()
 
 
 class Written(NamedTuple):
@@ -111,7 +114,8 @@ def read_backbone(path: PathLike, checkpoint_key: str = "teacher") -> ConvertedB
     source = open_source(path)
     conversion = _checked(source, Options("backbone", None, _kept_arguments(source), None, checkpoint_key))
     assert conversion.architecture is not None
-    return ConvertedBackbone(conversion.architecture.name, conversion.architecture.arguments, conversion.state)
+    found = conversion.architecture
+    return ConvertedBackbone(found.name, found.arguments, conversion.state, found.unknown)
 
 
 def read_weights(path: PathLike, model: nn.Layer, backbone: nn.Layer, checkpoint_key: str) -> dict[str, np.ndarray]:

@@ -1,0 +1,4 @@
+from passl.cli import visualize_main
+
+if __name__ == "__main__":
+    visualize_main()
