@@ -55,7 +55,8 @@ def sheet(leading: Sequence[Tile], bands: Sequence[Sequence[Tile]], width: int =
         tile = _tile_size((width - gaps - lead[0]) / columns, aspect, height)
         cell = tile[1] + strip + _GAP
     left = _GAP + lead_columns * (lead[0] + _GAP)
-    canvas = Image.new("RGB", (left + columns * (tile[0] + _GAP), _GAP + rows * cell), "white")
+    bottom = max(rows * cell, (1 if lead_columns > 1 else len(leading)) * (lead[1] + strip + _GAP))
+    canvas = Image.new("RGB", (left + columns * (tile[0] + _GAP), _GAP + bottom), "white")
     draw = ImageDraw.Draw(canvas)
     for index, one in enumerate(leading):
         row, column = (0, index) if lead_columns > 1 else (index, 0)
@@ -77,7 +78,7 @@ def _layout(count: int, num_bands: int, num_leading: int, aspect: float) -> tupl
     for columns in range(1, count + 1):
         breaks = math.ceil(count / columns)
         rows = breaks * num_bands
-        left = num_leading if rows == 1 else rows / num_leading
+        left = num_leading if rows == 1 else min(rows / num_leading, columns * _MAX_LEAD / (1 - _MAX_LEAD))
         cost = abs(math.log((columns + left) * aspect / rows / _ASPECT)) + _BLANK * (breaks * columns - count)
         if cost < best:
             best, choice = cost, (columns, rows)
