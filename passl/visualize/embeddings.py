@@ -46,16 +46,21 @@ def project(
     require_method(method)
     if not count:
         return np.zeros((0, 2), np.float32)
-    # Of huge or tiny numbers the squares would be none.
-    features = features / (np.abs(features).max() or 1.0)
+    largest = np.abs(features).max()
+    if not 1e-15 < largest < 1e15:
+        features = features / (largest or 1.0)  # their squares would be none
     components = components_of(features, 2)
     plane = components.scores(features)
     if method == "pca" or count < _FEWEST or not components.variances[0]:
         return plane.astype(np.float32)
+    start = plane / plane[:, 0].std()
+    if not components.variances[1]:
+        # From a line neither method finds the second dimension, and UMAP divides by its spread.
+        start[:, 1] = np.random.default_rng(seed).normal(size=count)
     run = _tsne if method == "tsne" else _umap
     with _one_thread(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        points = run(features, plane / plane[:, 0].std(), seed, perplexity)
+        points = run(features, start, seed, perplexity)
     return np.ascontiguousarray(points, np.float32)
 
 
