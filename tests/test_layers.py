@@ -25,6 +25,7 @@ FLOORS = (
         "distributed",
         "download",
         "log",
+        "page",
         "processes",
         "formats",
     ),

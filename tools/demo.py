@@ -1,4 +1,4 @@
-"""The quick start: make data, measure, pre-train, measure again, with the commands that a user types.
+"""The quick start: make data, measure, pre-train, measure again, look, with the commands that a user types.
 
 python tools/demo.py [--seed S] [--out DIR]
 """
@@ -39,9 +39,9 @@ def run_demo(out: Path, seed: int) -> None:
     shared = [f"Global.seed={seed}"]
 
     def knn(name: str, *more: str) -> dict[str, float]:
-        folder = out / "knn" / name
-        passl("eval", "knn.yaml", f"Global.output_dir={folder}", "Global.name=result", *roots, *shared, *more)
-        return read(folder / "result")
+        place = [f"Global.output_dir={out / 'knn'}", f"Global.name={name}"]
+        passl("eval", "knn.yaml", *place, *roots, *shared, *more)
+        return read(out / "knn" / name)
 
     step("Draw the data: ten shapes, 500 + 100 pictures of each")
     command("passl-data", "demo", "--out", str(data))
@@ -68,6 +68,12 @@ def run_demo(out: Path, seed: int) -> None:
     passl("train", "linear_probe.yaml", f"Global.output_dir={out}", *probe_data, *shared, weights)
     probe = last_of(out / "LinearProbe" / "metrics.jsonl", "top1")
 
+    step("One page about all of it")
+    runs = [out / "DINO", out / "LinearProbe", *(out / "knn" / name for name in ("pixels", "untrained", "teacher"))]
+    page = out / "report.html"
+    title = "DINO on ten classes of drawn shapes"
+    command("passl-visualize", "report", *map(str, runs), "--out", str(page), "--title", title)
+
     print(f"\n{'top-1 on the validation pictures':<44}%\n{'-' * 50}")
     for label, value in (
         ("k-NN, pixels", pixels[METRIC]),
@@ -79,9 +85,15 @@ def run_demo(out: Path, seed: int) -> None:
     baselines = {"pixels": pixels[METRIC], "untrained": untrained[METRIC]}
     picture = plot_run(out / "DINO", out / "curves.png", METRIC, baselines)
     (out / "demo.json").write_text(json.dumps({**baselines, "knn": trained[METRIC], "linear": probe}) + "\n")
-    print(f"\ncurves:   {picture}")
-    print(f"VisualDL: visualdl --logdir {out / 'DINO/vdl'}")
-    print(f"teacher:  {out / 'DINO/latest.pdparams'}")
+    for label, place in (
+        ("report", page),
+        ("attention", out / "DINO/report/attention.png"),
+        ("map of features", out / "DINO/report/embeddings.png"),
+        ("curves", picture),
+        ("teacher", out / "DINO/latest.pdparams"),
+        ("VisualDL", f"visualdl --logdir {out / 'DINO/vdl'}"),
+    ):
+        print(f"{label + ':':<17}{place}")
 
 
 def step(title: str) -> None:

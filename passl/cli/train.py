@@ -51,6 +51,10 @@ def _config_parser(name: str, description: str) -> argparse.ArgumentParser:
         "--check", action="store_true",
         help="check the whole configuration, list every error, build nothing (files in a folder _base_ may be partial)",
     )  # fmt: skip
+    parser.add_argument(
+        "--report", action="store_true",
+        help="write report.html at the end: numbers, curves, attention, a map of features (-o Global.report=true)",
+    )  # fmt: skip
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")
     return parser
 
@@ -61,7 +65,7 @@ def _run(options: argparse.Namespace, training: bool) -> None:
 
     end_with_the_launcher()
     try:
-        config = load(options.config, options.override)
+        config = load(options.config, [*options.override, *["Global.report=true"] * options.report])
         if options.print_config and not options.check:
             print(to_yaml(config), end="")
             return

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import html
 import math
 from collections.abc import Sequence
@@ -10,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
 
+from passl import page
 from passl.doctor.finding import HEALTHY, Finding
 from passl.doctor.runs import Row, Run
 
@@ -149,51 +149,26 @@ def _plain(text: str) -> str:
     return text.replace("$", r"\$")
 
 
-_PAGE = """<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><title>{title}: {verdict}</title><style>
-body {{ font: 15px/1.5 sans-serif; max-width: 1400px; margin: 2em auto; padding: 0 1em; color: #222; }}
-h1 {{ font-size: 1.4em; }} h1 b {{ color: {colour}; }} img {{ max-width: 100%; }}
-td, th {{ padding: .15em 1.2em .15em 0; text-align: left; vertical-align: top; }}
-th {{ border-bottom: 1px solid #999; }}
-</style></head><body>
-<h1>{title}: <b>{verdict}</b></h1>
-{evidence}{advice}
-<img alt="curves" src="data:image/png;base64,{picture}">
-{table}
-</body></html>
-"""
-
-
 def write_page(run: Run, finding: Finding, title: str, picture: Path, target: Path) -> Path:
     """Write verdict, evidence, advice, the picture and the newest numbers as one HTML file without links."""
-    table = "".join(_table_row(run, panel) for panel in _panels(run))
-    page = _PAGE.format(
-        title=html.escape(title),
-        verdict=html.escape(finding.verdict),
-        colour=_GOOD if finding.verdict == HEALTHY else _BAD,
-        evidence=_list("", finding.evidence),
-        advice=_list("<h2>What to change</h2>", finding.advice),
-        picture=base64.b64encode(picture.read_bytes()).decode("ascii"),
-        table=f"<table><tr><th>number</th><th>newest</th><th>what it says</th></tr>{table}</table>",
-    )
-    target.write_text(page, encoding="utf-8")
-    return target
+    kind = "good" if finding.verdict == HEALTHY else "bad"
+    body = [
+        f'<h1>{html.escape(title)}: <b class="{kind}">{html.escape(finding.verdict)}</b></h1>\n',
+        page.listed(finding.evidence),
+        page.heading("What to change") + page.listed(finding.advice) if finding.advice else "",
+        page.picture(picture.read_bytes(), "curves"),
+        page.table(("number", "newest", "what it says"), [_table_row(run, panel) for panel in _panels(run)]),
+    ]
+    return page.write(target, page.page(f"{title}: {finding.verdict}", "".join(body)))
 
 
-def _list(heading: str, lines: Sequence[str]) -> str:
-    if not lines:
-        return ""
-    return f"{heading}<ul>{''.join(f'<li>{html.escape(line)}</li>' for line in lines)}</ul>\n"
-
-
-def _table_row(run: Run, panel: Panel) -> str:
+def _table_row(run: Run, panel: Panel) -> tuple[str, str, str]:
     newest: list[str] = []
     for key, label in panel.keys.items():
         _, numbers = _points(_rows(run, panel), key)
         if numbers:
             newest.append(f"{numbers[-1]:.4g}" if len(panel.keys) == 1 else f"{label} {numbers[-1]:.4g}")
-    cells = (panel.title, ", ".join(newest), panel.meaning)
-    return f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in cells)}</tr>\n"
+    return panel.title, ", ".join(newest), panel.meaning
 
 
 def write_report(run: Run, finding: Finding, title: str, folder: Path) -> tuple[Path, Optional[Path]]:

@@ -27,6 +27,7 @@ from passl.engine.settings import (
     GlobalSettings,
     LoaderSettings,
     RecomputeSettings,
+    ReportSettings,
     SamplerSettings,
     ShardingSettings,
 )
@@ -75,13 +76,17 @@ def _argument(key: str, value: Any, where: str) -> Any:
 
 def global_settings(config: Config) -> GlobalSettings:
     section = dict(config.get("Global") or {})
-    for key, kind in (("early_stopping", EarlyStopping), ("guard", Guard), ("non_finite", NonFinite)):
-        if section.get(key) is not None:
+    kinds = {"early_stopping": EarlyStopping, "guard": Guard, "non_finite": NonFinite, "report": ReportSettings}
+    for key, kind in kinds.items():
+        if isinstance(section.get(key), Mapping):
             try:
                 section[key] = kind(**section[key])
             except ValueError as error:
                 raise ConfigError([f"Global.{key}: {error}"]) from error
-    return GlobalSettings(**section)
+    settings = GlobalSettings(**section)
+    if settings.report is True:
+        settings.report = ReportSettings()
+    return settings
 
 
 def path_problems(config: Mapping[str, Any]) -> list[str]:

@@ -35,6 +35,9 @@ class LogHook:
     Args:
         folder: gets ``metrics.jsonl`` and, with ``visualdl``, the folder ``vdl``.
         interval: optimizer steps between lines.
+
+    Attributes:
+        writer: VisualDL's, during the training, on the first process and where it is asked for.
     """
 
     def __init__(self, folder: Path, interval: int = 10, visualdl: bool = False) -> None:
@@ -53,7 +56,7 @@ class LogHook:
         self._epoch_wait = 0.0
         self._num_local_processes = 1
         self._file: Optional[MetricsFile] = None
-        self._writer: Any = None
+        self.writer: Any = None
         self._bar: Optional[tqdm] = None
 
     def before_train(self, trainer: Trainer) -> None:
@@ -65,7 +68,7 @@ class LogHook:
         if self.visualdl:
             from visualdl import LogWriter  # it brings flask, pandas and matplotlib
 
-            self._writer = LogWriter(logdir=str(self.folder / "vdl"))
+            self.writer = LogWriter(logdir=str(self.folder / "vdl"))
         if sys.stderr.isatty():
             self._bar = tqdm(total=trainer.stop_step, initial=trainer.step, unit="step", dynamic_ncols=True)
 
@@ -89,18 +92,18 @@ class LogHook:
     def after_train(self, trainer: Trainer) -> None:
         if self._bar is not None:
             self._bar.close()
-        if self._writer is not None:
-            self._writer.close()
+        if self.writer is not None:
+            self.writer.close()
 
     def record(self, step: int, values: dict[str, Any], phase: str) -> None:
         """Write ``values`` of ``step`` to metrics.jsonl and VisualDL; only the first process does."""
         try:
             if self._file is not None:
                 self._file.write(step, {"phase": phase, **values})
-            if self._writer is not None:
+            if self.writer is not None:
                 for name, value in values.items():
                     if isinstance(value, (int, float)) and name != "epoch":
-                        self._writer.add_scalar(tag=f"{phase}/{name}", step=step, value=value)
+                        self.writer.add_scalar(tag=f"{phase}/{name}", step=step, value=value)
         except OSError as error:  # a full disk: a line of the curves is not worth the run
             logger.error("the numbers of step %d were not written (%s); the run goes on", step, error)
 

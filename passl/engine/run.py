@@ -30,6 +30,7 @@ from passl.engine.interruption import Interrupted, StopSignals
 from passl.engine.non_finite import NonFiniteLossError
 from passl.engine.passl_config import translate
 from passl.engine.plugins import load_plugins
+from passl.engine.reporting import ReportHook, report_evaluation
 from passl.engine.roll_back import RollBack
 from passl.engine.settings import GlobalSettings, schema
 from passl.engine.trainer import Hook, Trainer
@@ -160,6 +161,8 @@ def _prepare(
         "pct": loader.sampler.pct,
     }
     hooks = _hooks(settings, line, method, evaluators, store, description)
+    if settings.report:
+        hooks.insert(0, ReportHook(settings.report, config, hooks[0]))
     schedules = {**method.schedules(line), **build.schedules(config, line)}
     states = None
     if resumed is None:
@@ -282,6 +285,8 @@ def evaluate_config(config: Config, source: Config) -> dict[str, float]:
         target.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
         (folder / "eval_config.yaml").write_text(to_yaml(source), encoding="utf-8")
         logger.info("written to %s", target)
+        if settings.report:
+            report_evaluation(settings.report, config, model, folder, results, settings.use_visualdl)
     return results
 
 

@@ -16,6 +16,22 @@ from passl.engine.precision import DTYPES, LEVELS, GradScalerSettings
 from passl.registry import BACKBONES, DATASETS, EVALUATORS, METHODS, OPTIMIZERS, SCHEDULES, Registry
 
 
+@dataclass(frozen=True)
+class ReportSettings:
+    """``Global.report``: the images whose attention is shown, and those that are points of the map of features, laid
+    out by t-SNE where scikit-learn is installed ("auto"), else by the two main directions.
+    """
+
+    images: int = 4
+    points: int = 1000
+    method: Literal["auto", "tsne", "umap", "pca"] = "auto"
+
+    def __post_init__(self) -> None:
+        for name in ("images", "points"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} ({getattr(self, name)}) must be at least 1")
+
+
 @dataclass
 class GlobalSettings:
     """The section ``Global``.
@@ -42,6 +58,7 @@ class GlobalSettings:
     early_stopping: Optional[EarlyStopping] = None  # by k-NN of teacher and student
     guard: Optional[Guard] = None  # over the features that a run starts with, by k-NN or by their drift
     non_finite: NonFinite = NonFinite()  # noqa: RUF009 (frozen); what to do about an infinite loss or gradient
+    report: Union[bool, ReportSettings] = False  # write report.html at the end
     diagnose_every: Optional[Union[int, float, str]] = "25it"  # the doctor's visits (docs/doctor.md); null: none
     print_batch_step: int = 10
     use_visualdl: bool = True

@@ -24,7 +24,9 @@ from passl.yaml_io import parse
 
 logger = logging.getLogger("passl")
 
-_MAY_DIFFER = {f"Global.{key}" for key in ("checkpoint", "pretrained_model", "output_dir", "name", "max_train_step")}
+_MAY_DIFFER = {
+    f"Global.{key}" for key in ("checkpoint", "pretrained_model", "output_dir", "name", "max_train_step", "report")
+}
 
 
 def load_start(settings: GlobalSettings, method: Method) -> None:

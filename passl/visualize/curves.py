@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+import math
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Optional
+from typing import Any, Optional
 
 from passl.log import read_metrics
 
 _LOSS, _METRIC, _BASELINE = "#2f6f9f", "#c2542d", "#555555"
 _STYLES = ("--", ":", "-.")
+_LINES = ("#c2542d", "#2f6f9f", "#5a8f3c", "#7a5aa0", "#b08a2e", "#4aa3a3")
+_MOST_POINTS = 600  # of a drawn line
+_NOT_METRICS = ("step", "epoch", "phase", "seconds")
 
 
 def plot_run(folder: Path, target: Path, metric: str, baselines: Optional[Mapping[str, float]] = None) -> Path:
@@ -52,3 +57,57 @@ def plot_run(folder: Path, target: Path, metric: str, baselines: Optional[Mappin
     target.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(target)
     return target
+
+
+def draw_run(rows: Sequence[Mapping[str, Any]]) -> Any:
+    """The training loss and all that was measured over the epochs, as a matplotlib Figure; None without any rows.
+
+    rows: of ``metrics.jsonl``.
+    """
+    train = [row for row in rows if row.get("phase") == "train" and "loss" in row]
+    measured = [row for row in rows if row.get("phase") == "eval"]
+    panels = [("training loss", ["loss"], train)] if train else []
+    panels += [(title, keys, measured) for title, keys in metric_families(measured).items()]
+    if train and "lr" in train[0]:
+        panels.append(("learning rate", ["lr"], train))
+    if not panels:
+        return None
+
+    from matplotlib.figure import Figure
+
+    columns = min(3, len(panels))
+    count = math.ceil(len(panels) / columns)
+    figure = Figure(figsize=(3.7 * columns, 2.7 * count), layout="constrained")
+    scale = _steps_per_epoch(rows)
+    grid = figure.subplots(count, columns, squeeze=False)
+    for axes, (title, keys, source) in itertools.zip_longest(grid.flat, panels, fillvalue=("", [], [])):
+        if not keys:
+            axes.set_axis_off()
+            continue
+        for key, colour in zip(keys, itertools.cycle(_LINES)):
+            points = [(row["step"] / scale, row[key]) for row in source if isinstance(row.get(key), (int, float))]
+            points = points[:: math.ceil(len(points) / _MOST_POINTS)]
+            style = "o-" if len(points) < 60 else "-"
+            axes.plot(*zip(*points), style, color=colour, ms=3, lw=1.3, label=key.replace(title, "").strip("_") or key)
+        axes.set_title(title, fontsize=10)
+        axes.set_xlabel("epoch" if scale > 1 else "step", fontsize=8)
+        axes.tick_params(labelsize=8)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.25)
+        if len(keys) > 1:
+            axes.legend(frameon=False, fontsize=7)
+    return figure
+
+
+def metric_families(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
+    """The measured numbers by what they are: ``knn_top1`` -> ``knn_top1_k10``, ``knn_top1_k20`` ..."""
+    families: dict[str, list[str]] = {}
+    for key in dict.fromkeys(key for row in rows for key in row if key not in _NOT_METRICS):
+        if any(isinstance(row.get(key), (int, float)) for row in rows):
+            families.setdefault(re.sub(r"_k\d+$", "", key), []).append(key)
+    return families
+
+
+def _steps_per_epoch(rows: Sequence[Mapping[str, Any]]) -> float:
+    last = max(rows, key=lambda row: row["step"])
+    return max(last["step"] / last["epoch"], 1.0) if last.get("epoch") else 1.0

@@ -1,7 +1,8 @@
-"""A contact sheet of labelled images."""
+"""Several pictures as one."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -30,3 +31,15 @@ def contact_sheet(root: Path, target: Path, per_class: int = 4, side: int = 48) 
     target.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(target)
     return target
+
+
+def stacked(pictures: Sequence[Image.Image]) -> Image.Image:
+    """Pictures below each other, on white."""
+    width = max(picture.width for picture in pictures)
+    height = sum(picture.height for picture in pictures) + _GAP * (len(pictures) - 1)
+    whole = Image.new("RGB", (width, height), "white")
+    top = 0
+    for picture in pictures:
+        whole.paste(picture, (0, top))
+        top += picture.height + _GAP
+    return whole

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Optional
 
 from passl.cli.common import guarded, import_paddle, new_parser
-from passl.cli.visualize import attention, embeddings, pca, video
+from passl.cli.visualize import attention, embeddings, pca, report, video
 
 _HELP = """\
 Look at what a network sees.
@@ -15,10 +15,11 @@ Look at what a network sees.
   passl-visualize video --input clip.mp4 --pretrained_model dino_deitsmall8_pretrain.pth
   passl-visualize embeddings --images photos/ --pretrained_model output/DINO/latest
   passl-visualize pca --images photos/ --pretrained_model output/DINO/latest
+  passl-visualize report output/DINO output/LinearProbe --out report.html
 
 COMMAND --help has more.
 """
-_COMMANDS = (attention, video, embeddings, pca)
+_COMMANDS = (attention, video, embeddings, pca, report)
 
 
 def visualize_main(arguments: Optional[Sequence[str]] = None) -> None:
