@@ -127,7 +127,9 @@ def one_hot(run: Run) -> Optional[Finding]:
 
 
 def jumps(run: Run) -> Optional[Finding]:
-    """The loss leaps up, and stays up or leaps again."""
+    """The loss leaps up, and stays up or leaps again; that of a probe, at the rates that are usual for it, may come down
+    again.
+    """
     losses = [row["loss"] for row in run.curve]
     if len(losses) < 4:
         return None
@@ -137,7 +139,7 @@ def jumps(run: Run) -> Optional[Finding]:
         if row["loss"] > _JUMP * before and row["loss"] > _JUMP * lowest and row["loss"] - before > 1:
             leaps.append((before, row))
     is_up = losses[-1] > max(2 * min(losses), losses[0] * 1.2)
-    if len(leaps) < 2 and not (leaps and is_up):
+    if not leaps or not (is_up or (len(leaps) > 1 and not run.has_labels)):
         return None
     evidence = [f"{_place(run, row)}: loss from {before:.3f} to {row['loss']:.3f}" for before, row in leaps[:3]]
     return Finding(UNSTABLE, tuple(evidence), tuple(advice.against_instability(run)))

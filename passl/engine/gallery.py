@@ -31,6 +31,7 @@ from passl.engine import build
 from passl.engine.report import ATTENTION, GALLERY, MAP, MAP_PICTURE, NOTES
 from passl.engine.settings import ReportSettings
 from passl.formats.atomic import replacing
+from passl.models import functional
 from passl.models.tokens import cls_attention
 from passl.registry import DATASETS
 from passl.visualize.attention import overview
@@ -41,6 +42,7 @@ from passl.visualize.sheet import stacked
 
 logger = logging.getLogger("passl")
 
+_METHODS = {"tsne": "t-SNE", "umap": "UMAP", "pca": "PCA"}
 _BATCH = 32
 _THUMBNAIL = 40  # pixels
 _LEAST_GRID = 12  # cells of an attention map's shorter side: coarser ones show little
@@ -134,7 +136,7 @@ class Gallery:
         batches = range(0, len(shown.indices), _BATCH)
         for start in tqdm(batches, desc="report: features", unit="batch", leave=False, disable=None):
             images = paddle.to_tensor(shown.images[start : start + _BATCH])
-            features.append(backbone(images).astype("float32").numpy())
+            features.append(functional.normalize(backbone(images).astype("float32")).numpy())
         rows = np.concatenate(features)
         method = self.settings.method
         if method == "auto":
@@ -148,7 +150,10 @@ class Gallery:
             file.write(fragment.encode())
         picture = scatter_picture(points, labels, dataset.class_names, thumbnails)
         picture.save(self.folder / MAP_PICTURE)
-        self.notes["map"] = f"{len(rows)} images by their features of {rows.shape[1]} numbers, laid out by {method}."
+        self.notes["map"] = (
+            f"{len(rows)} images by their features of {rows.shape[1]} numbers at length 1, laid out by "
+            f"{_METHODS[method]}: neighbours look alike to the network."
+        )
         self._show("report/embeddings", picture, step)
         if self.writer is not None:
             kinds = names if labels is None else [_class(dataset, label) for label in labels]

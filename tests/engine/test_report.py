@@ -121,7 +121,7 @@ def test_images_that_cannot_be_shown_do_not_fail_the_run(folder: Path, tmp_path:
     tiny.write_images(tmp_path, classes=1, train=9, val=2, size=16)
     Image.new("RGB", (33, 20)).save(tmp_path / "train/class0/odd.png")
     config = tiny.write_config(tmp_path, tiny.PRETRAIN, "pretrain.yaml")
-    odd = "DataLoader.Eval={dataset: {name: ImageFolder, root: %s/train}, sampler: {batch_size: 2}}" % tmp_path
+    odd = f"DataLoader.Eval={{dataset: {{name: ImageFolder, root: {tmp_path}/train}}, sampler: {{batch_size: 2}}}}"
     train_main(["-c", str(config), "-o", REPORT, "-o", odd, "-o", "Global.eval_during_train=false"])
     assert (tmp_path / "out/DINO/latest.pdparams").is_file()
     assert (tmp_path / "out/DINO/report.html").is_file()
