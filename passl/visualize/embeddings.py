@@ -98,9 +98,9 @@ def _tsne(features: np.ndarray, start: np.ndarray, seed: int, perplexity: Option
     if features.shape[1] > _WIDTH:
         features = components_of(features, _WIDTH).scores(features)
     # A start of its own: that of the library divides by a spread that may be 0.
-    return manifold.TSNE(
-        perplexity=perplexity, init=(start * 1e-4).astype(np.float32), random_state=seed
-    ).fit_transform(features / features.std())
+    start = (start * 1e-4).astype(np.float32)
+    mapper = manifold.TSNE(perplexity=perplexity, init=start, random_state=seed)
+    return mapper.fit_transform(features / features.std())
 
 
 def _umap(features: np.ndarray, start: np.ndarray, seed: int, perplexity: Optional[float]) -> np.ndarray:

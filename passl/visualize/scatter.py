@@ -162,7 +162,7 @@ def _legend(labels: np.ndarray, class_names: Sequence[str]) -> Optional[Image.Im
     if len(class_names) > DISTINCT:
         notes.append(f"colours repeat after {DISTINCT} classes")
     rows = rows[:room]
-    texts = [f"{name if len(name) <= _NAME_LETTERS else name[: _NAME_LETTERS - 1] + '…'}  {n}" for _, name, n in rows]
+    texts = [f"{_short(name)}  {number}" for _, name, number in rows]
     columns = math.ceil(len(rows) / _LEGEND_ROWS)
     wide = max(int(_font(15).getlength(text)) for text in texts) + 52
     lines = min(len(rows), _LEGEND_ROWS) + len(notes)
@@ -186,8 +186,18 @@ def _faint(colour: str) -> tuple[int, int, int]:
     return red, green, blue
 
 
+def _short(name: str) -> str:
+    name = _text(name)
+    return name if len(name) <= _NAME_LETTERS else name[: _NAME_LETTERS - 1] + "…"
+
+
+def _text(name: str) -> str:
+    """One line of Unicode: file names in another encoding have halves of characters, which no font can draw."""
+    return " ".join(str(name).encode("utf-8", "replace").decode().split())
+
+
 def _fitting(text: str, width: int, size: int) -> str:
-    text = " ".join(text.split())
+    text = _text(text)
     while text and _font(size).getlength(text) > width:
         text = text[:-2] + "…" if len(text) > 2 else ""
     return text

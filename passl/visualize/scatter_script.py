@@ -43,6 +43,15 @@ data.classes.forEach(kind => kinds.set(kind.label, kind));
 const hidden = new Set();
 const haystack = data.names.map((name, i) =>
   (name + "\\n" + (data.labels[i] < 0 ? "" : kinds.get(data.labels[i]).name)).toLowerCase());
+// In a mixed order: the last class would cover the others.
+const order = Array.from(X.keys());
+for (let i = count - 1, seed = 1; i > 0; i--) {
+  seed = seed * 16807 % 2147483647;
+  const j = seed % (i + 1);
+  [order[i], order[j]] = [order[j], order[i]];
+}
+const CELL = 44;
+let tiles = new Map();
 let found = null, hover = -1, zoom = 1, left = 0, top = 0, fitted = 1, waiting = false, moved = false;
 
 // --- elements ---
@@ -168,7 +177,7 @@ function paint() {
   const base = Math.min(Math.max(90 / Math.sqrt(count || 1), 2.2), 7);
   const radius = base * Math.min(Math.max(Math.pow(zoom / fitted, .35), .7), 2.5);
   const visible = [], faint = [];
-  for (let i = 0; i < count; i++) {
+  for (const i of order) {
     if (hidden.has(data.labels[i])) continue;
     (found && !found[i] ? faint : visible).push(i);
   }
@@ -177,6 +186,7 @@ function paint() {
   pen.globalAlpha = images ? .35 : .85;
   visible.forEach(i => dot(i, radius, width, height));
   pen.globalAlpha = 1;
+  tiles = new Map();
   if (images) thumbnails(visible, width, height);
   if (found && !images && visible.length < 200) {
     pen.strokeStyle = "#24292f";
@@ -202,19 +212,19 @@ function ring(i, radius) {
 }
 // One for each cell of a grid that goes along with the map, so that nothing jumps while it is dragged.
 function thumbnails(visible, width, height) {
-  const size = 40, taken = new Set();
+  const size = CELL - 4;
   visible.forEach(i => {
     if (data.thumbnails[i] < 0) return;
     const x = X[i] * zoom + left, y = Y[i] * zoom + top;
     if (x < -size || y < -size || x > width + size || y > height + size) return;
-    const column = Math.floor(X[i] * zoom / (size + 4)), row = Math.floor(Y[i] * zoom / (size + 4));
+    const column = Math.floor(X[i] * zoom / CELL), row = Math.floor(Y[i] * zoom / CELL);
     const key = column + "," + row;
-    if (taken.has(key)) return;
-    taken.add(key);
-    const cellX = column * (size + 4) + left + 2, cellY = row * (size + 4) + top + 2;
+    if (tiles.has(key)) return;
+    tiles.set(key, i);
+    const cellX = column * CELL + left + 2, cellY = row * CELL + top + 2;
     if (data.labels[i] >= 0) {
       pen.fillStyle = kinds.get(data.labels[i]).colour;
-      pen.fillRect(cellX - 2, cellY - 2, size + 4, size + 4);
+      pen.fillRect(cellX - 2, cellY - 2, CELL, CELL);
     }
     sprite(pen, i, cellX, cellY, size);
   });
@@ -222,6 +232,8 @@ function thumbnails(visible, width, height) {
 
 // --- mouse, fingers, keys ---
 function nearest(x, y) {
+  const tile = tiles.get(Math.floor((x - left) / CELL) + "," + Math.floor((y - top) / CELL));
+  if (tile !== undefined) return tile;
   let best = -1, distance = 14 * 14;
   for (let i = 0; i < count; i++) {
     if (hidden.has(data.labels[i]) || (found && !found[i])) continue;

@@ -3,18 +3,245 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Optional
+
+import numpy as np
+from PIL import Image
 
 from passl.cli import subject
+from passl.cli.common import RUN_ERROR
+
+_HELP = """\
+What a network sees in each patch, as colours: the first three principal components of the features of all patches.
+Equal colours are alike, in all images of a run.
+
+  passl-visualize pca --images photos/ --pretrained_model dino_deitsmall8_pretrain.pth
+  passl-visualize pca --images dogs/ --foreground --upsample smooth --pretrained_model dinov2_vits14_pretrain.pth
+  passl-visualize pca --images photos/ --per_image --image_size 224 --arch resnet50 --pretrained_model X
+
+It writes NAME_pca.png of each image, and overview.png, images and colours side by side, to --output_dir. An image that
+cannot be read is named and left out, and the exit code is then 1.
+"""
+_LARGEST = 448  # the shorter side at most, where nothing is said
+_MAX_PIXELS = 2**24  # of a resized image: one of 1 x 5000 pixels would become 448 x 2,240,000
+_SHOWN = 24  # pairs in the overview
+_SIDE = 440  # of an image kept for it
 
 
 def add_to(commands: Any) -> None:
-    parser = commands.add_parser("pca", help="main directions of the patch features as colours")
+    parser = commands.add_parser(
+        "pca",
+        help="main directions of the patch features as colours",
+        description=_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add(
+        "--images", "--image", nargs="+", required=True, metavar="DIR",
+        help="images, folders of them (with all below), patterns in quotes",
+    )  # fmt: skip
+    add("--output_dir", "--output-dir", default="output/pca", metavar="DIR", help="default: %(default)s")
+    add(
+        "--image_size", "--image-size", nargs="+", type=_sides, metavar="N",
+        help="one number: of the shorter side; two, or 480x640: height and width (default: as it is, at most 448)",
+    )  # fmt: skip
+    add("--layer", type=int, default=-1, metavar="N", help="number of the block, negative from the end (default: last)")
+    add("--per_image", "--per-image", action="store_true", help="components of each image alone: colours differ")
+    add("--foreground", action="store_true", help="leave out the background, as the first component shows it")
+    add("--upsample", choices=("nearest", "smooth"), default="nearest", help="default: %(default)s")
+    add("--batch_size", "--batch-size", type=_positive, default=8, metavar="N", help="default: %(default)s")
+    add(
+        "--num_workers", "--num-workers", type=_positive, default=2, metavar="N",
+        help="threads that read images (default: %(default)s)",
+    )  # fmt: skip
     subject.add_options(parser)
     parser.set_defaults(run=_run)
 
 
-def _run(options: argparse.Namespace) -> None:
-    from passl.engine.subject import load
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number from 1")
+    return int(text)
 
-    print(load(subject.config_of(options), "looking at"))
+
+def _sides(text: str) -> list[int]:
+    return [_positive(side) for side in text.split("x")]
+
+
+def _run(options: argparse.Namespace) -> None:
+    from passl import log
+    from passl.config import ConfigError
+    from passl.engine.subject import load
+    from passl.predict import SourceError, find_files
+    from passl.visualize import pca
+
+    log.setup()
+    given = [side for sides in options.image_size or [] for side in sides]
+    if len(given) > 2:
+        raise ConfigError([f"--image_size {' '.join(map(str, given))}: one number, or height and width"])
+    network = load(subject.config_of(options), "looking at")
+    try:
+        # In one order, whatever the order of the options: sums have the same last digit then.
+        files = sorted(set(find_files(options.images, network.channels)))
+    except SourceError as error:
+        raise ConfigError([f"--images {error}"]) from error
+    folder = Path(options.output_dir).expanduser()
+    folder.mkdir(parents=True, exist_ok=True)
+    with pca.Spool(folder) as spool:
+        reader = _Reader(network, given, options, len(files))
+        try:
+            for features in reader.maps(files):
+                spool.add(features)
+            _draw(folder, spool, reader, options)
+        except ValueError as error:
+            raise ConfigError([str(error)]) from error
+    print(f"{len(reader.names)} images: {folder / 'overview.png'}")
+    for problem in reader.unreadable:
+        print(f"left out: {log.harmless(problem)}", file=sys.stderr)
+    if reader.unreadable:
+        sys.exit(RUN_ERROR)
+
+
+def _draw(folder: Path, spool: Any, reader: _Reader, options: argparse.Namespace) -> None:
+    """Write the pictures. Raises ValueError if no image could be read, or a feature is not finite."""
+    from tqdm import tqdm
+
+    from passl.visualize import pca
+
+    if not reader.names:
+        raise ValueError("\n".join(["none of the images can be read:", *reader.unreadable[:5]]))
+    joint = None if options.per_image else pca.fit(spool, options.foreground)
+    pairs = []
+    outputs = output_names(reader.names)
+    bar = tqdm(spool(), total=len(outputs), desc="pictures", unit="image", leave=False, disable=None)
+    for index, features in enumerate(bar):
+        colouring = joint or pca.fit(lambda features=features: [features], options.foreground)
+        height, width = reader.sizes[index]
+        picture = pca.paint(colouring, features, (width, height), options.upsample == "smooth")
+        _save(picture, folder / f"{outputs[index]}_pca.png")
+        if index in reader.shown:
+            pairs.append((reader.shown[index], picture))
+    _save(pca.overview(pairs), folder / "overview.png")
+
+
+def _save(picture: Image.Image, path: Path) -> None:
+    from passl.formats.atomic import replacing
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as file:
+        picture.save(file, "PNG")
+
+
+def output_names(names: Sequence[str]) -> list[str]:
+    """What pictures of ``names`` are called: their last part without its ending, or as much more as tells them apart,
+    with folders below the one that all share.
+    """
+    import os
+
+    stems = [os.path.splitext(os.path.basename(name))[0] for name in names]
+    if len(set(stems)) == len(stems):
+        return stems
+    paths = [os.path.abspath(name) for name in names]
+    common = os.path.commonpath([os.path.dirname(path) for path in paths])
+    inside = [os.path.relpath(path, common) for path in paths]
+    short = [os.path.splitext(path)[0] for path in inside]
+    return short if len(set(short)) == len(short) else inside
+
+
+class _Reader:
+    """Patch features of images, one after the other.
+
+    Attributes:
+        names, sizes: of those that could be read; (height, width) as the network sees them.
+        shown: some of them, evenly spread, as pictures by their numbers.
+        unreadable: what is wrong with the others.
+    """
+
+    def __init__(self, network: Any, image_size: Sequence[int], options: argparse.Namespace, count: int) -> None:
+        self.names: list[str] = []
+        self.sizes: list[tuple[int, int]] = []
+        self.shown: dict[int, Image.Image] = {}
+        self.unreadable: list[str] = []
+        self._network = network
+        self._image_size = image_size
+        self._options = options
+        self._count = count
+        self._wanted = set(np.linspace(0, max(count - 1, 0), min(count, _SHOWN)).round().astype(int).tolist())
+
+    def maps(self, files: Sequence[str]) -> Iterator[np.ndarray]:
+        """The features [h, w, D] of each. Raises ValueError if the network shows no patches."""
+        import paddle
+        from tqdm import tqdm
+
+        from passl.models.tokens import patch_features
+        from passl.predict import pictures, predict
+
+        def network(images: np.ndarray) -> dict[str, np.ndarray]:
+            self._keep(images)
+            features = patch_features(self._network.backbone, paddle.to_tensor(images), self._options.layer)
+            return {"features": features.astype("float32").numpy()}
+
+        found = predict(
+            network,
+            pictures(files, channels=self._network.channels),
+            self._transformed,
+            self._options.batch_size,
+            self._options.num_workers,
+        )
+        bar = tqdm(found, total=self._count, desc="patch features", unit="image", leave=False, disable=None)
+        for result in bar:
+            if result.error is not None:
+                self.unreadable.append(f"{result.name}: {result.error}")
+            else:
+                self.names.append(result.name)
+                yield result.features
+
+    def _transformed(self, image: Any) -> np.ndarray:
+        from passl import exported
+
+        height, width = self._size(image)
+        steps: list[dict[str, Any]] = [
+            {"Resize": {"size": [height, width], "interpolation": "bicubic"}},
+            {"ToTensor": {}},
+            {"Normalize": {"mean": list(self._network.mean), "std": list(self._network.std)}},
+        ]
+        return exported.transform(steps)(image)
+
+    def _size(self, image: Any) -> tuple[int, int]:
+        """Height and width that the network sees, in whole patches."""
+        from passl.data.image_io import UnreadableImageError
+
+        height, width = image.size[::-1] if isinstance(image, Image.Image) else image.shape[:2]
+        if len(self._image_size) == 2:
+            wanted = tuple(self._image_size)
+        else:
+            shorter = self._image_size[0] if self._image_size else min(_LARGEST, height, width)
+            wanted = (height * shorter / min(height, width), width * shorter / min(height, width))
+        patch: Optional[int] = getattr(self._network.backbone, "patch_size", None)
+        unit = patch if isinstance(patch, int) else 1
+        rows, columns = (max(1, round(side / unit)) * unit for side in wanted)
+        if rows * columns > _MAX_PIXELS:
+            raise UnreadableImageError("", f"{width} x {height} pixels would become {columns} x {rows}: too many")
+        return rows, columns
+
+    def _keep(self, images: np.ndarray) -> None:
+        """Remember the sizes of a batch, and as pictures those of it that the overview shows."""
+        for image in images:
+            if len(self.sizes) in self._wanted:
+                self.shown[len(self.sizes)] = self._picture(image)
+            self.sizes.append(image.shape[1:])
+
+    def _picture(self, image: np.ndarray) -> Image.Image:
+        """[C, H, W], normalised -> a small picture; of more channels than three, the first three"""
+        mean, std = (np.asarray(one, np.float64)[:, None, None] for one in (self._network.mean, self._network.std))
+        values = image * std + mean
+        if len(values) != 3:
+            values = values[:3] if len(values) > 3 else values[:1].repeat(3, axis=0)
+            values = (values - values.min()) / ((values.max() - values.min()) or 1)
+        picture = Image.fromarray(np.rint(np.clip(values, 0, 1) * 255).astype(np.uint8).transpose(1, 2, 0))
+        if max(picture.size) > _SIDE:
+            picture.thumbnail((_SIDE, _SIDE), Image.Resampling.LANCZOS)
+        return picture
