@@ -109,6 +109,10 @@ class FileSource:
             self._told = stream.frames
             estimate = round(self._duration * self.rate) if self._duration else None
             self.total = self._told or estimate
+            # Other containers without a number of frames guess their duration from the size of the file.
+            self._is_matroska = "matroska" in container.format.name
+            # Sound may be longer than the pictures.
+            self._margin = 1 if container.streams.audio and not self._told else 2 / self.rate
             self.remarks = [f"{path}: its sound is left out"] if container.streams.audio else []
         self.problems: list[str] = []
 
@@ -154,9 +158,10 @@ class FileSource:
                 return
 
     def _note_what_is_missing(self, count: int, damaged: int, end: Fraction) -> None:
-        # Fewer frames than the container tells may also be cut away by an edit list: then its duration is shorter too.
-        is_short = self._duration is not None and end < self._duration - 2 / self.rate
-        if damaged or (is_short and count + 1 < self._told):
+        is_short = self._duration is not None and end < self._duration - self._margin
+        # An edit list, which cuts frames away, makes the duration shorter too.
+        is_cut = is_short and (count + 1 < self._told if self._told else self._is_matroska)
+        if damaged or is_cut:
             of = f" of {self._told}" if self._told else ""
             self.problems.append(f"{self._path}: the file is damaged or ends early, {count}{of} frames could be read")
 

@@ -46,7 +46,8 @@ class VideoWriter:
             self._size = image.shape[:2]
             self._stream = self._new_stream()
         if image.shape[:2] != self._size:
-            raise VideoError(f"a frame of {image.shape[:2]} in a video of {self._size} (height, width)")
+            sizes = [" x ".join(map(str, size)) for size in (image.shape[:2], self._size)]
+            raise VideoError(f"a frame of {sizes[0]} pixels is of another size than the first, of {sizes[1]}")
         height, width = self._size
         if height % 2 or width % 2:
             image = np.pad(image, [(0, height % 2), (0, width % 2), (0, 0)], mode="edge")

@@ -144,17 +144,17 @@ def _write(options: argparse.Namespace, source: Any, rate: Fraction, draw: Calla
     from passl.visualize.video_writer import writing
 
     folder = Path(options.output).expanduser()
-    names = ("frames", "attention") if options.save_frames else ()
-    for name in ("", *names):
-        (folder / name).mkdir(parents=True, exist_ok=True)
+    names = (("frames", "frame"), ("attention", "attn-frame")) if options.save_frames else ()
+    for subfolder in ("", *(name for name, _ in names)):
+        (folder / subfolder).mkdir(parents=True, exist_ok=True)
     path = folder / f"video.{options.video_format}"
     with writing(path, options.video_format, rate) as video:
         try:
             for index, drawn in enumerate(draw(tqdm(source, total=source.total, unit="frame", disable=None))):
                 # At another rate it is faster or slower: the frames' own times are no longer theirs.
                 video.write(drawn.picture, drawn.time if options.fps is None else None)
-                for name, image in zip(names, (drawn.frame, drawn.attention)):
-                    write_png(folder / name / f"{name}-{index:06d}.png", image)
+                for (subfolder, name), image in zip(names, (drawn.frame, drawn.attention)):
+                    write_png(folder / subfolder / f"{name}-{index:06d}.png", image)
         except VideoError:
             raise
         except ValueError as error:  # of the network: it has no attention, or no such block
