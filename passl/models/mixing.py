@@ -61,8 +61,8 @@ class Mixing:
 
 
 def cut_box(height: int, width: int, share: float, rng: np.random.Generator) -> tuple[int, int, int, int]:
-    """Top, bottom, left and right of a box of ``1 - share`` of the area in the proportions of the image; its middle lies
-    anywhere, and what sticks out is cut off.
+    """Top, bottom, left and right of a box of ``1 - share`` of the area in the proportions of the image; its middle
+    lies anywhere, and what sticks out is cut off.
     """
     side = math.sqrt(1.0 - share)
     box_height, box_width = int(height * side), int(width * side)

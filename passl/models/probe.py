@@ -67,8 +67,8 @@ class LinearProbe(Classifier):
 
 
 def probe_features(cls_tokens: list[Tensor], mean: Optional[Tensor] = None) -> Tensor:
-    """[CLS] tokens [B, D] of some blocks, the earliest first, and the last block's mean patch token [B, D], in the order
-    that published classifiers expect.
+    """[CLS] tokens [B, D] of some blocks, the earliest first, and the last block's mean patch token [B, D], in the
+    order that published classifiers expect.
     """
     parts = list(cls_tokens)
     if mean is not None:

@@ -11,7 +11,8 @@ def erase(seed: int, height: int = 40, width: int = 60, **arguments) -> tuple[np
     image = np.full((3, height, width), 7, np.float32)
     result = RandomErasing(**{"prob": 1.0, **arguments})(image, np.random.default_rng(seed))
     assert (image == 7).all(), "the image itself stays"
-    assert result.shape == image.shape and result.dtype == np.float32
+    assert result.shape == image.shape
+    assert result.dtype == np.float32
     return result, (result != image).any(0)
 
 
@@ -25,9 +26,11 @@ def test_boxes():
         assert erased.sum() == height * width, "one box"
         areas.append(erased.mean())
         ratios.append(height / width)
-    assert 0.09 < min(areas) and max(areas) < 0.315
+    assert min(areas) > 0.09
+    assert max(areas) < 0.315
     assert np.mean(areas) == pytest.approx(0.2, abs=0.01)
-    assert 0.45 < min(ratios) and max(ratios) < 2.2
+    assert min(ratios) > 0.45
+    assert max(ratios) < 2.2
     assert np.log(ratios).mean() == pytest.approx(0, abs=0.07)
 
 
@@ -44,11 +47,13 @@ def test_fillings():
         if mode == "const":
             assert (values == 2.5).all()
         elif mode == "rand":
-            assert distinct == [1, 1, 1] and len(np.unique(values)) == 3
+            assert distinct == [1, 1, 1]
+            assert len(np.unique(values)) == 3
         else:
             assert distinct == [erased.sum()] * 3
     pixels = np.concatenate([(lambda r, e: r[:, e].ravel())(*erase(seed)) for seed in range(20)])
-    assert pixels.mean() == pytest.approx(0, abs=0.03) and pixels.std() == pytest.approx(1, abs=0.03)
+    assert pixels.mean() == pytest.approx(0, abs=0.03)
+    assert pixels.std() == pytest.approx(1, abs=0.03)
 
 
 def test_a_box_that_never_fits_leaves_the_image():

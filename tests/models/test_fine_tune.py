@@ -133,7 +133,8 @@ def test_boxes_stay_inside():
     for share in (0.0, 0.3, 1.0):
         for _ in range(50):
             top, bottom, left, right = cut_box(7, 9, share, rng)
-            assert 0 <= top <= bottom <= 7 and 0 <= left <= right <= 9
+            assert 0 <= top <= bottom <= 7
+            assert 0 <= left <= right <= 9
 
 
 def test_mixing_follows_paddles_seed_and_only_in_training():
