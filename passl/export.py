@@ -21,7 +21,8 @@ from paddle import Tensor, nn
 import passl
 from passl import exported
 from passl.exported import META, WEIGHTS, Engine, ExportError, Meta
-from passl.models.probe import LinearProbe
+from passl.models.classifier import Classifier
+from passl.models.method import Method
 
 TOLERANCE = 1e-4  # largest difference of an output that is accepted
 _OPSET = 17
@@ -47,11 +48,13 @@ class FeatureNetwork(nn.Layer):
 
 
 class ProbeNetwork(nn.Layer):
-    """A linear probe. images [B, C, H, W] -> the backbone's features [B, D], logits [B, C], probabilities [B, C]"""
+    """A linear probe or fine-tuned network. images [B, C, H, W] -> the backbone's features [B, D], logits [B, C] and
+    probabilities [B, C].
+    """
 
     outputs = ("features", "logits", "probabilities")
 
-    def __init__(self, probe: LinearProbe) -> None:
+    def __init__(self, probe: Classifier) -> None:
         super().__init__()
         self.probe = probe
         self.num_classes = probe.num_classes
@@ -62,6 +65,23 @@ class ProbeNetwork(nn.Layer):
         seen = self.probe.features(images)
         logits = self.probe.linear(seen)
         return self.probe.backbone_output(seen), logits, F.softmax(logits, axis=-1)
+
+
+class PredictingNetwork(nn.Layer):
+    """Any other method with `predict` and `num_classes`, a plug-in's for example; the same outputs."""
+
+    outputs = ProbeNetwork.outputs
+
+    def __init__(self, method: Method) -> None:
+        super().__init__()
+        self.method = method
+        self.num_classes = method.num_classes
+        self.classifier = {"kind": "linear"}
+        self.backbone = method.backbone
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        logits = self.method.predict(images)
+        return self.backbone(images), logits, F.softmax(logits, axis=-1)
 
 
 class KNNNetwork(nn.Layer):
@@ -119,7 +139,7 @@ def check_votes(k: int, temperature: float) -> None:
         raise ValueError(f"k ({k}) must be at least 1 and temperature ({temperature}) above 0")
 
 
-Exportable = Union[FeatureNetwork, ProbeNetwork, KNNNetwork]
+Exportable = Union[FeatureNetwork, ProbeNetwork, PredictingNetwork, KNNNetwork]
 
 
 def multiple_of(backbone: nn.Layer) -> int:

@@ -129,7 +129,7 @@ def test_schedules(name):
 def test_transforms(name):
     transform = build(TRANSFORMS.get(name))
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (20, 24, 3)).astype(np.uint8))
-    takes_array = name in ("Normalize", "RegionMultiCrop")
+    takes_array = name in ("Normalize", "RandomErasing", "RegionMultiCrop")
     data = np.arange(3 * 20 * 24, dtype=np.float32).reshape(3, 20, 24) if takes_array else image
     one, same = (transform(data, np.random.default_rng(5)) for _ in range(2))
     if isinstance(one, dict):

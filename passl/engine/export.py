@@ -24,6 +24,7 @@ from passl.export import (
     Exportable,
     FeatureNetwork,
     KNNNetwork,
+    PredictingNetwork,
     ProbeNetwork,
     check_target,
     check_votes,
@@ -31,7 +32,7 @@ from passl.export import (
     multiple_of,
 )
 from passl.exported import ExportError, Meta
-from passl.models.probe import LinearProbe
+from passl.models.classifier import Classifier
 from passl.registry import DATASETS
 
 logger = logging.getLogger("passl")
@@ -113,14 +114,19 @@ def export_config(config: Config, options: ExportOptions) -> tuple[Path, Meta]:
 
 
 def _network(model: nn.Layer, is_whole: bool, weights: str) -> Exportable:
-    if not isinstance(model, LinearProbe):
+    if not _predicts(model):
         return FeatureNetwork(getattr(model, "backbone", model))
     if not is_whole:
         raise ExportError(
-            f"{weights} has no weights for all of LinearProbe, only a backbone: its classes would be random. Give the "
-            "latest or best of a probe that passl-train made, or use --arch for the backbone alone, or --knn-bank"
+            f"{weights} has no weights for all of {type(model).__name__}, only a backbone: its classes would be random."
+            " Give the latest or best of a run that passl-train made, or use --arch for the backbone alone, or "
+            "--knn-bank"
         )
-    return ProbeNetwork(model)
+    return ProbeNetwork(model) if isinstance(model, Classifier) else PredictingNetwork(model)
+
+
+def _predicts(model: nn.Layer) -> bool:
+    return hasattr(model, "predict") and hasattr(model, "num_classes")
 
 
 def _bank(options: ExportOptions, preprocessing: list[dict[str, Any]], channels: Optional[int]) -> ImageFolder:
@@ -209,8 +215,8 @@ def _validation_transform(config: Mapping[str, Any]) -> Optional[list[dict[str, 
 
 
 def _class_names(config: Mapping[str, Any], model: nn.Layer) -> list[str]:
-    """Of a probe: the class folders of DataLoader.Eval where they are there, else the numbers of the classes."""
-    if not isinstance(model, LinearProbe):
+    """Of what predicts classes: the class folders of DataLoader.Eval where they are there, else the numbers of the classes."""
+    if not _predicts(model):
         return []
     numbers = [str(label) for label in range(model.num_classes)]
     section = (config.get("DataLoader") or {}).get("Eval")
@@ -224,7 +230,10 @@ def _class_names(config: Mapping[str, Any], model: nn.Layer) -> list[str]:
         return numbers
     if found and len(found) != model.num_classes:
         logger.warning(
-            "classes get numbers for names: DataLoader.Eval has %d classes, the probe %d", len(found), model.num_classes
+            "classes get numbers for names: DataLoader.Eval has %d classes, the %s %d",
+            len(found),
+            type(model).__name__,
+            model.num_classes,
         )
         return numbers
     return found or numbers
@@ -237,7 +246,9 @@ def _read_names(path: str, instead_of: list[str]) -> list[str]:
         raise ExportError(f"--class-names: {path}: {error}") from error
     names = [name.strip() for name in names if name.strip()]
     if not instead_of:
-        raise ExportError("--class-names: a backbone alone has no classes; export a LinearProbe or give --knn-bank")
+        raise ExportError(
+            "--class-names: a backbone alone has no classes; export a LinearProbe or FineTune, or give --knn-bank"
+        )
     if len(names) != len(instead_of):
         raise ExportError(f"--class-names: {path} has {len(names)} names, and there are {len(instead_of)} classes")
     return names

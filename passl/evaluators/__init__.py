@@ -4,6 +4,18 @@ from passl.evaluators.classification import Classification
 from passl.evaluators.evaluator import Evaluator, evaluate
 from passl.evaluators.features import Features
 from passl.evaluators.knn import KNN, knn_classify
+from passl.evaluators.linear_sweep import LinearSweep
+from passl.evaluators.logistic import LogisticRegression
 from passl.evaluators.region_extraction import RegionExtraction
 
-__all__ = ["KNN", "Classification", "Evaluator", "Features", "RegionExtraction", "evaluate", "knn_classify"]
+__all__ = [
+    "KNN",
+    "Classification",
+    "Evaluator",
+    "Features",
+    "LinearSweep",
+    "LogisticRegression",
+    "RegionExtraction",
+    "evaluate",
+    "knn_classify",
+]

@@ -2,6 +2,7 @@
 
 from passl.models.dino import DINO, DINOHead, DINOLoss
 from passl.models.dinov2 import dinov2_vit_base, dinov2_vit_giant, dinov2_vit_large, dinov2_vit_small
+from passl.models.fine_tune import FineTune
 from passl.models.method import Method
 from passl.models.pixels import RawPixels
 from passl.models.probe import LinearProbe
@@ -28,6 +29,7 @@ __all__ = [
     "DINO",
     "DINOHead",
     "DINOLoss",
+    "FineTune",
     "LinearProbe",
     "Method",
     "RawPixels",
