@@ -40,18 +40,23 @@ class Attention(nn.Layer):
         self.qkv = Linear(dim, 3 * dim, bias=qkv_bias, init_std=init_std)
         self.proj = Linear(dim, dim, init_std=init_std)
 
-    def _query_key_value(self, x: Tensor) -> list[Tensor]:
+    def query_key_value(self, x: Tensor) -> list[Tensor]:
         """[B, N, D] -> three of [B, N, heads, D/heads]"""
         shape = [-1, x.shape[1], self.num_heads, x.shape[2] // self.num_heads]
         return [part.reshape(shape) for part in self.qkv(x).split(3, axis=-1)]
 
     def weights(self, x: Tensor, mask: Optional[Tensor] = None) -> Tensor:
         """The attention weights alone: [B, N, D] -> [B, heads, N, N]."""
-        query, key, _ = self._query_key_value(x)
+        query, key, _ = self.query_key_value(x)
         return functional.attention_weights(query, key, mask)
 
+    def cls_weights(self, x: Tensor) -> Tensor:
+        """What the first token attends to, without the N x N weights of all: [B, N, D] -> [B, heads, N]."""
+        query, key, _ = self.query_key_value(x)
+        return functional.attention_weights(query[:, :1], key).squeeze(2)
+
     def forward(self, x: Tensor, mask: Optional[Tensor] = None) -> Tensor:
-        return self.proj(functional.attention(*self._query_key_value(x), mask).reshape(x.shape))
+        return self.proj(functional.attention(*self.query_key_value(x), mask).reshape(x.shape))
 
 
 class Block(nn.Layer):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Optional
 
 import numpy as np
 import paddle
@@ -159,11 +160,19 @@ class ClassAttention(nn.Layer):
         self.qkv = Linear(dim, 3 * dim)
         self.proj = Linear(dim, dim)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def _query_key_value(self, x: Tensor) -> list[Tensor]:
+        """[B, N, D] -> three of [B, N, heads, D/heads]"""
         tokens, dim = x.shape[1:]
-        parts = self.qkv(x).reshape([-1, tokens, 3, self.num_heads, dim // self.num_heads])
-        query, key, value = parts.unbind(2)  # [B, N, heads, D/heads]
-        return self.proj(functional.attention(query[:, :1], key, value).reshape([-1, 1, dim]))
+        return self.qkv(x).reshape([-1, tokens, 3, self.num_heads, dim // self.num_heads]).unbind(2)
+
+    def cls_weights(self, x: Tensor) -> Tensor:
+        """What the [CLS] token attends to: [B, N, D] -> [B, heads, N]."""
+        query, key, _ = self._query_key_value(x)
+        return functional.attention_weights(query[:, :1], key).squeeze(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key, value = self._query_key_value(x)
+        return self.proj(functional.attention(query[:, :1], key, value).reshape([-1, 1, x.shape[2]]))
 
 
 class ClassAttentionBlock(nn.Layer):
@@ -244,15 +253,24 @@ class XCiT(nn.Layer):
 
     def forward(self, images: Tensor) -> Tensor:
         """The normalised [CLS] token: [B, C, H, W] -> [B, D]. H and W must be multiples of the patch size."""
-        grid = self.patch_embed(images)
-        height, width = grid.shape[-2:]
-        x = (grid + self.pos_embeder(height, width)).flatten(2).transpose([0, 2, 1])
-        for block in self.blocks:
-            x = block(x, height, width)
-        x = paddle.concat([self.cls_token.expand([images.shape[0], -1, -1]), x], axis=1)
+        x, _ = self.patch_tokens(images)
+        x = self.with_cls_token(x)
         for block in self.cls_attn_blocks:
             x = block(x)
         return self.norm(x[:, 0])
+
+    def patch_tokens(self, images: Tensor, num_blocks: Optional[int] = None) -> tuple[Tensor, tuple[int, int]]:
+        """The patches behind so many blocks (default: all): [B, C, H, W] -> [B, h*w, D] and (h, w)."""
+        grid = self.patch_embed(images)
+        height, width = grid.shape[-2:]
+        x = (grid + self.pos_embeder(height, width)).flatten(2).transpose([0, 2, 1])
+        for block in self.blocks[:num_blocks]:
+            x = block(x, height, width)
+        return x, (height, width)
+
+    def with_cls_token(self, x: Tensor) -> Tensor:
+        """[B, N, D] -> [B, 1+N, D]"""
+        return paddle.concat([self.cls_token.expand([x.shape[0], -1, -1]), x], axis=1)
 
 
 @BACKBONES.register()
