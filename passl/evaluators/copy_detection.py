@@ -126,7 +126,7 @@ def copy_features(backbone: nn.Layer, images: paddle.Tensor) -> paddle.Tensor:
 
 
 def generalised_mean(features: paddle.Tensor) -> paddle.Tensor:
-    """The fourth root of the mean fourth power (GeM, Radenovic et al. 2018), of values from 1e-6: [B, N, D] -> [B, D]"""
+    """Fourth root of the mean fourth power (GeM, Radenovic et al. 2018); values from 1e-6. [B, N, D] -> [B, D]"""
     return features.clip(min=1e-6).pow(_GEM_POWER).mean(1).pow(1 / _GEM_POWER)
 
 

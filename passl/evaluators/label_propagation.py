@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
+from collections.abc import Sequence
 
 import numpy as np
 import paddle
@@ -10,6 +12,7 @@ from paddle import Tensor
 from paddle.nn import functional as F
 
 _MAX_AFFINITIES = 1 << 24  # numbers held at a time: 64 MB of float32
+_TILE = 16  # patches on a side
 
 
 class LabelPropagation:
@@ -41,27 +44,31 @@ class LabelPropagation:
         sources, labels = (paddle.stack(parts) for parts in zip(*frames))
         height, width = targets.shape[:2]
         reach = self.radius or max(height, width)
-        window = min(height, 2 * reach + 1)
-        rows_at_once = max(1, _MAX_AFFINITIES // (width * len(frames) * window * width))
-        found = []
-        for top in range(0, height, rows_at_once):
-            bottom = min(height, top + rows_at_once)
-            first, last = max(0, top - reach), min(height, bottom + reach)
-            near = _near((top, bottom), (first, last), width, reach)
-            near = paddle.to_tensor(np.tile(near, (1, len(frames))))
-            found.append(self._labels(targets[top:bottom], sources[:, first:last], labels[:, first:last], near))
-        result = paddle.concat(found).reshape([height, width, -1])
+        side = _tile_side(len(frames) * min(height, 2 * reach + _TILE) * min(width, 2 * reach + _TILE))
+        rows = []
+        for top in range(0, height, side):
+            tiles = []
+            for left in range(0, width, side):
+                # Of targets in a tile only those sources are compared that may be near.
+                target = _part(targets, (top, top + side), (left, left + side))
+                window = (max(0, top - reach), top + side + reach), (max(0, left - reach), left + side + reach)
+                near = paddle.to_tensor(_near((top, left), target.shape, window, (height, width), reach))
+                tiles.append(self._labels(target, _part(sources, *window), _part(labels, *window), near))
+            rows.append(paddle.concat(tiles, axis=1))
+        result = paddle.concat(rows)
         self._latest.append((targets, result))
         return result
 
     def _labels(self, targets: Tensor, sources: Tensor, labels: Tensor, near: Tensor) -> Tensor:
-        """targets [r, w, D], sources [F, s, w, D], labels [F, s, w, C], near [r*w, F*s*w] -> [r*w, C]"""
+        """targets [r, c, D], sources [F, h, w, D], labels [F, h, w, C], near [r*c, h*w] -> [r, c, C]"""
         dim, classes = targets.shape[-1], labels.shape[-1]
         similarity = paddle.matmul(targets.reshape([-1, dim]), sources.reshape([-1, dim]), transpose_y=True)
-        affinity = paddle.exp(similarity / self.temperature) * near
+        affinity = paddle.exp(similarity / self.temperature)
+        affinity = (affinity.reshape([len(near), -1, near.shape[1]]) * near.unsqueeze(1)).reshape(affinity.shape)
         least = paddle.topk(affinity, min(self.topk, affinity.shape[1]), axis=1)[0][:, -1:]
         affinity = affinity * (affinity >= least).astype(affinity.dtype)
-        return paddle.matmul(affinity, labels.reshape([-1, classes])) / affinity.sum(1, keepdim=True)
+        found = paddle.matmul(affinity, labels.reshape([-1, classes])) / affinity.sum(1, keepdim=True)
+        return found.reshape([*targets.shape[:2], classes])
 
 
 def segment(labels: Tensor, height: int, width: int) -> np.ndarray:
@@ -84,10 +91,26 @@ def _unit(features: Tensor) -> Tensor:
     return F.normalize(features.astype("float32"), axis=-1)
 
 
-def _near(targets: tuple[int, int], sources: tuple[int, int], width: int, reach: int) -> np.ndarray:
-    """[target rows * width, source rows * width] float32: 1 for patches that are at most ``reach`` apart on each axis."""
-    columns = np.arange(width)
-    beside = np.abs(columns[:, None] - columns) <= reach
-    over = np.abs(np.arange(*targets)[:, None] - np.arange(*sources)) <= reach
-    near = over[:, None, :, None] & beside[None, :, None, :]
-    return near.reshape(over.shape[0] * width, over.shape[1] * width).astype(np.float32)
+def _tile_side(num_sources: int) -> int:
+    """The side of the square of targets that are compared with ``num_sources`` patches at once."""
+    return max(1, min(_TILE, math.isqrt(_MAX_AFFINITIES // num_sources)))
+
+
+def _part(grids: Tensor, rows: tuple[int, int], columns: tuple[int, int]) -> Tensor:
+    """[..., h, w, D] -> the part of the grid"""
+    return grids[..., rows[0] : rows[1], columns[0] : columns[1], :]
+
+
+def _near(
+    corner: tuple[int, int], targets: Sequence[int], window: Sequence[tuple[int, int]], grid: Sequence[int], reach: int
+) -> np.ndarray:
+    """[targets, sources] float32: 1 where patches are at most ``reach`` apart along each axis.
+
+    corner: first row and column of the targets; targets: how many rows and columns; window: those of the sources.
+    """
+    rows, columns = (
+        np.abs(np.arange(start, start + count)[:, None] - np.arange(first, min(last, size))) <= reach
+        for start, count, (first, last), size in zip(corner, targets, window, grid)
+    )
+    near = rows[:, None, :, None] & columns[None, :, None, :]
+    return near.reshape(rows.shape[0] * columns.shape[0], -1).astype(np.float32)

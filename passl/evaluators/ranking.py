@@ -44,7 +44,7 @@ def revisited_scores(
 
 
 def descending(similarity: np.ndarray) -> np.ndarray:
-    """Indices [M, N] that sort the rows of `similarity` [M, N], the largest first; of equal ones the first comes first."""
+    """Indices [M, N] that sort the rows of `similarity` [M, N], the largest first; equal ones stay in order."""
     return np.argsort(-similarity, axis=1, kind="stable")
 
 

@@ -124,7 +124,6 @@ class VideoSegmentation(Evaluator):
     def _measured(self, model: nn.Layer, sequence: VideoSequence, folder: Path, bar: Any) -> list[tuple[float, ...]]:
         """Writes the masks of a video; mean, recall and decay of J and then of F for each object."""
         measured = dict(list(sequence.masks.items())[1:-1])
-        num_objects = 0
         regions: list[list[float]] = []
         boundaries: list[list[float]] = []
         folder.mkdir(parents=True, exist_ok=True)
@@ -134,7 +133,8 @@ class VideoSegmentation(Evaluator):
             stem = Path(frame).stem
             write_mask(folder / f"{stem}.png", mask, palette or PALETTE)
             if stem in measured:
-                truth = _truth(measured[stem], mask.shape)
+                truth = _without_void(read_mask(measured[stem])[0])
+                _check_size(truth, mask.shape, measured[stem])
                 pairs = [(mask == number, truth == number) for number in range(1, num_objects + 1)]
                 regions.append([region_similarity(*pair) for pair in pairs])
                 boundaries.append([boundary_accuracy(*pair) for pair in pairs])
@@ -151,7 +151,7 @@ class VideoSegmentation(Evaluator):
             images = cut_to_patches(self._tensor(pixels), side)
             features = patch_features(model, images)[0]
             if propagation is None:
-                _check_size(first, pixels, next(iter(sequence.masks.values())))
+                _check_size(first, pixels.shape[:2], next(iter(sequence.masks.values())))
                 grid = features.shape[:2]
                 labels = paddle.to_tensor(_one_hot(resize_mask(_without_void(first), *grid)))
                 propagation = LabelPropagation(features, labels, **self.propagation)
@@ -176,19 +176,10 @@ def _one_hot(numbers: np.ndarray) -> np.ndarray:
     return np.eye(int(numbers.max()) + 1, dtype=np.float32)[numbers]
 
 
-def _truth(path: str, shape: tuple[int, ...]) -> np.ndarray:
-    truth = _without_void(read_mask(path)[0])
-    if truth.shape != shape:
-        raise ValueError(
-            f"{path} has {truth.shape[1]} x {truth.shape[0]} pixels, and its frame {shape[1]} x {shape[0]}"
-        )
-    return truth
-
-
-def _check_size(mask: np.ndarray, pixels: np.ndarray, path: str) -> None:
-    if mask.shape != pixels.shape[:2]:
-        height, width = pixels.shape[:2]
-        raise ValueError(f"{path} has {mask.shape[1]} x {mask.shape[0]} pixels, and its frame {width} x {height}")
+def _check_size(mask: np.ndarray, shape: tuple[int, ...], path: str) -> None:
+    if mask.shape != tuple(shape):
+        (height, width), (rows, columns) = shape, mask.shape
+        raise ValueError(f"{path} has {columns} x {rows} pixels, and its frame {width} x {height}")
 
 
 def _write_table(path: Path, rows: Sequence[Any]) -> None:
