@@ -10,8 +10,9 @@ from passl.data.loader import BadSamplesError
 from passl.evaluators import CopyDetection, evaluate
 from passl.evaluators.copy_detection import copy_features, generalised_mean, learn_whitening
 from passl.models import VisionTransformer, XCiT, resnet18
+from tests.evaluators.made_sets import PLAIN, write_block, write_copydays
 
-PLAIN = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0), "image_size": 16}
+SMALL = {**PLAIN, "image_size": 16}
 
 
 class Colours(nn.Layer):
@@ -24,34 +25,16 @@ class Colours(nn.Layer):
         return images.mean([2, 3])
 
 
-def colour(angle):
-    radians = np.deg2rad(angle)
-    return tuple(int(value) for value in (250 * np.cos(radians), 250 * np.sin(radians), 0))
-
-
-def make_block(folder, angles):
-    """angles: of each file by its name."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, angle in angles.items():
-        Image.new("RGB", (24, 20), colour(angle)).save(folder / f"{name}.jpg", quality=95)
-
-
-def make_set(root, originals, strong):
-    make_block(root / "original", originals)
-    make_block(root / "strong", strong)
-    return str(root)
-
-
 ORIGINALS = {"200000": 5, "200100": 25, "200200": 60, "200300": 85}
 
 
 @pytest.mark.smoke
 def test_a_set_with_a_known_answer(tmp_path):
     # Copies of 200100: the nearest original of the first is its own, of the second it comes second after 200200.
-    root = make_set(tmp_path, ORIGINALS, {"200101": 22, "200102": 50, "200301": 84})
-    make_block(tmp_path / "jpegqual" / "3", {name: angle + 1 for name, angle in ORIGINALS.items()})
-    make_block(tmp_path / "crops" / "80", {"a": 25, "b": 25, "c": 60, "d": 85})
-    evaluator = CopyDetection(root, **PLAIN)
+    root = write_copydays(tmp_path, ORIGINALS, {"200101": 22, "200102": 50, "200301": 84})
+    write_block(tmp_path / "jpegqual" / "3", {name: angle + 1 for name, angle in ORIGINALS.items()})
+    write_block(tmp_path / "crops" / "80", {"a": 25, "b": 25, "c": 60, "d": 85})
+    evaluator = CopyDetection(root, **SMALL)
     assert evaluator.key_metric == "copydays_mAP_strong"
     found = evaluate(evaluator, Colours(), tmp_path)
     second = (0 + 1 / 2) / 2
@@ -66,22 +49,22 @@ def test_a_set_with_a_known_answer(tmp_path):
 
 
 def test_distractors_stand_in_the_ranking_and_twenty_count(tmp_path):
-    root = make_set(tmp_path / "set", ORIGINALS, {"200101": 30})
-    make_block(tmp_path / "few", {"x": 30, "y": 31})
-    found = evaluate(CopyDetection(root, distractors=str(tmp_path / "few"), **PLAIN), Colours(), tmp_path)
+    root = write_copydays(tmp_path / "set", ORIGINALS, {"200101": 30})
+    write_block(tmp_path / "few", {"x": 30, "y": 31})
+    found = evaluate(CopyDetection(root, distractors=str(tmp_path / "few"), **SMALL), Colours(), tmp_path)
     assert found["copydays_mAP_strong"] == pytest.approx(100 * (0 + 1 / 3) / 2)
-    make_block(tmp_path / "many", {f"x{i}": 30 for i in range(19)})
-    found = evaluate(CopyDetection(root, distractors=str(tmp_path / "many"), **PLAIN), Colours(), tmp_path)
+    write_block(tmp_path / "many", {f"x{i}": 30 for i in range(19)})
+    found = evaluate(CopyDetection(root, distractors=str(tmp_path / "many"), **SMALL), Colours(), tmp_path)
     assert found["copydays_mAP_strong"] == pytest.approx(100 * (0 + 1 / 20) / 2)
-    make_block(tmp_path / "many", {"x19": 30})
-    found = evaluate(CopyDetection(root, distractors=str(tmp_path / "many"), **PLAIN), Colours(), tmp_path)
+    write_block(tmp_path / "many", {"x19": 30})
+    found = evaluate(CopyDetection(root, distractors=str(tmp_path / "many"), **SMALL), Colours(), tmp_path)
     assert found["copydays_mAP_strong"] == 0
 
 
 def test_several_originals_of_one_copy(tmp_path):
-    root = make_set(tmp_path, {"2000a": 0, "2000b": 40, "2001a": 20}, {"2000c": 2})
+    root = write_copydays(tmp_path, {"2000a": 0, "2000b": 40, "2001a": 20}, {"2000c": 2})
     expected = (1 + (1 / 2 + 2 / 3) / 2) / 2  # at places 0 and 2
-    assert evaluate(CopyDetection(root, **PLAIN), Colours(), tmp_path)["copydays_mAP_strong"] == pytest.approx(
+    assert evaluate(CopyDetection(root, **SMALL), Colours(), tmp_path)["copydays_mAP_strong"] == pytest.approx(
         100 * expected
     )
 
@@ -124,9 +107,9 @@ def test_a_backbone_without_patches(tmp_path):
         def forward(self, images):
             return images.mean([2, 3])
 
-    root = make_set(tmp_path, ORIGINALS, {"200101": 30})
+    root = write_copydays(tmp_path, ORIGINALS, {"200101": 30})
     with pytest.raises(ValueError, match=r"Plain shows no features of patches: give it a method feature_map"):
-        evaluate(CopyDetection(root, **PLAIN), Plain(), tmp_path)
+        evaluate(CopyDetection(root, **SMALL), Plain(), tmp_path)
 
 
 @pytest.mark.smoke
@@ -153,9 +136,9 @@ def test_whitening():
 
 def test_whitening_is_used(tmp_path):
     originals, strong = {"200000": 10, "200100": 12, "200200": 80}, {"200001": 13, "200101": 11}
-    root = make_set(tmp_path / "set", originals, strong)
-    make_block(tmp_path / "white", {str(angle): angle for angle in range(0, 90, 10)})
-    found = evaluate(CopyDetection(root, whitening=str(tmp_path / "white"), **PLAIN), Colours(), tmp_path)
+    root = write_copydays(tmp_path / "set", originals, strong)
+    write_block(tmp_path / "white", {str(angle): angle for angle in range(0, 90, 10)})
+    found = evaluate(CopyDetection(root, whitening=str(tmp_path / "white"), **SMALL), Colours(), tmp_path)
 
     def rows(folder):
         images = [np.asarray(Image.open(path)) / 255 for path in sorted(folder.glob("*.jpg"))]
@@ -174,20 +157,20 @@ def test_whitening_is_used(tmp_path):
 def test_folders_that_are_not_there_or_not_right(tmp_path):
     with pytest.raises(FileNotFoundError, match="there is no folder"):
         CopyDetection(str(tmp_path / "none"))
-    make_block(tmp_path / "a" / "original", ORIGINALS)
+    write_block(tmp_path / "a" / "original", ORIGINALS)
     with pytest.raises(FileNotFoundError, match="has no folder strong: Copydays has original and strong"):
         CopyDetection(str(tmp_path / "a"))
     (tmp_path / "a" / "strong").mkdir()
     with pytest.raises(FileNotFoundError, match=r"strong contains no .jpg files"):
         CopyDetection(str(tmp_path / "a"))
-    make_block(tmp_path / "a" / "strong", {"999900": 3})
+    write_block(tmp_path / "a" / "strong", {"999900": 3})
     with pytest.raises(ValueError, match=r"999900.jpg is a copy of nothing"):
         CopyDetection(str(tmp_path / "a"))
-    root = make_set(tmp_path / "b", ORIGINALS, {"200001": 3})
-    make_block(tmp_path / "b" / "crops" / "10", {"200000": 3})
+    root = write_copydays(tmp_path / "b", ORIGINALS, {"200001": 3})
+    write_block(tmp_path / "b" / "crops" / "10", {"200000": 3})
     with pytest.raises(ValueError, match=r"has 1 .jpg files, and original has 4"):
         CopyDetection(root)
-    root = make_set(tmp_path / "c", ORIGINALS, {"200001": 3})
+    root = write_copydays(tmp_path / "c", ORIGINALS, {"200001": 3})
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match="empty contains no images directly"):
         CopyDetection(root, whitening=str(tmp_path / "empty"))
@@ -196,14 +179,14 @@ def test_folders_that_are_not_there_or_not_right(tmp_path):
 
 
 def test_unreadable_images(tmp_path):
-    root = make_set(tmp_path / "set", ORIGINALS, {"200101": 30})
-    make_block(tmp_path / "few", {"x": 30, "y": 31})
+    root = write_copydays(tmp_path / "set", ORIGINALS, {"200101": 30})
+    write_block(tmp_path / "few", {"x": 30, "y": 31})
     (tmp_path / "few" / "y.jpg").write_bytes(b"")
     distractors = str(tmp_path / "few")
     with pytest.raises(BadSamplesError, match=r"y.jpg: the file is empty"):
-        evaluate(CopyDetection(root, distractors, **PLAIN), Colours(), tmp_path)
-    found = evaluate(CopyDetection(root, distractors, max_bad_samples=1, **PLAIN), Colours(), tmp_path)
+        evaluate(CopyDetection(root, distractors, **SMALL), Colours(), tmp_path)
+    found = evaluate(CopyDetection(root, distractors, max_bad_samples=1, **SMALL), Colours(), tmp_path)
     assert found["copydays_mAP_strong"] == pytest.approx(100 * (0 + 1 / 2) / 2)
     (tmp_path / "set" / "original" / "200000.jpg").write_bytes(b"no")
     with pytest.raises(BadSamplesError, match=r"200000.jpg"):
-        evaluate(CopyDetection(root, distractors, max_bad_samples=5, **PLAIN), Colours(), tmp_path)
+        evaluate(CopyDetection(root, distractors, max_bad_samples=5, **SMALL), Colours(), tmp_path)

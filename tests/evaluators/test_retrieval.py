@@ -16,37 +16,12 @@ from passl.evaluators import ImageRetrieval, evaluate
 from passl.evaluators.ranking import average_precision, mean_of_known, revisited_scores
 from passl.formats.limits import CheckpointFormatError
 from passl.models import VisionTransformer
-
-PLAIN = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
+from tests.evaluators.made_sets import PLAIN, write_retrieval
 
 
 class MeanColour(nn.Layer):
     def forward(self, images):
         return images.mean([2, 3])
-
-
-def colour(angle):
-    """Colours of one blue and of angles 0 to 90 degrees between red and green: the angle orders their similarity."""
-    radians = np.deg2rad(angle)
-    return tuple(int(value) for value in (250 * np.cos(radians), 250 * np.sin(radians), 0))
-
-
-def make_set(root, database, queries, gnd, name="roxford5k", protocol=2, size=(40, 30)):
-    """A set of plain images of the given angles in the public layout."""
-    folder = root / name
-    (folder / "jpg").mkdir(parents=True)
-    for kind, angles in (("image", database), ("query", queries)):
-        for number, angle in enumerate(angles):
-            width, height = size[0] + 7 * number, size[1] + 3 * number
-            image = Image.new("RGB", (width, height), colour(angle))
-            image.save(folder / "jpg" / f"{kind}{number}.jpg", quality=95)
-    content = {
-        "imlist": [f"image{i}" for i in range(len(database))],
-        "qimlist": [f"query{i}" for i in range(len(queries))],
-        "gnd": [{"bbx": [0, 0, 20, 20], **entry} for entry in gnd],
-    }
-    (folder / f"gnd_{name}.pkl").write_bytes(pickle.dumps(content, protocol))
-    return str(root)
 
 
 def by_counting(order, positives, junk, kappas):
@@ -96,7 +71,7 @@ def test_a_query_without_positives_is_left_out():
 @pytest.mark.parametrize("protocol", [0, 2, 5])
 def test_a_set_with_a_known_answer(tmp_path, protocol):
     # Query 0 (0 degrees) ranks 0 1 2 3 4 5; query 1 (90 degrees) the other way round.
-    root = make_set(
+    root = write_retrieval(
         tmp_path,
         [5, 15, 25, 40, 60, 80],
         [0, 90],
@@ -120,7 +95,7 @@ def test_a_set_with_a_known_answer(tmp_path, protocol):
 
 
 def test_perfect_retrieval_and_equal_similarities(tmp_path):
-    root = make_set(tmp_path, [10, 10, 10, 80], [10], [{"easy": [0], "hard": [1, 2], "junk": []}])
+    root = write_retrieval(tmp_path, [10, 10, 10, 80], [10], [{"easy": [0], "hard": [1, 2], "junk": []}])
     evaluator = ImageRetrieval(root, prefix="oxford_", **PLAIN)
     found = evaluate(evaluator, MeanColour(), tmp_path)
     assert evaluator.key_metric == "oxford_mAP_medium"
@@ -135,7 +110,7 @@ def test_perfect_retrieval_and_equal_similarities(tmp_path):
 
 
 def test_one_image_and_no_right_images_at_all(tmp_path, caplog):
-    root = make_set(tmp_path, [10], [20], [{"easy": [0], "hard": [], "junk": []}])
+    root = write_retrieval(tmp_path, [10], [20], [{"easy": [0], "hard": [], "junk": []}])
     with caplog.at_level("WARNING", "passl"):
         found = evaluate(ImageRetrieval(root, **PLAIN), MeanColour(), tmp_path)
     assert found["mAP_medium"] == 100
@@ -155,7 +130,7 @@ def test_a_pickle_of_python_2(tmp_path):
 
         dispatch[str] = save_str
 
-    root = make_set(tmp_path, [10, 80], [20], [{"easy": [0], "hard": [1], "junk": []}])
+    root = write_retrieval(tmp_path, [10, 80], [20], [{"easy": [0], "hard": [1], "junk": []}])
     path = tmp_path / "roxford5k" / "gnd_roxford5k.pkl"
     content = pickle.loads(path.read_bytes())
     with path.open("wb") as file:
@@ -170,14 +145,14 @@ def test_a_pickle_is_not_executed(tmp_path):
         def __reduce__(self):
             return (open, (str(tmp_path / "was_here"), "w"))
 
-    root = make_set(tmp_path, [10], [20], [{"easy": [0], "hard": [], "junk": Hostile()}])
+    root = write_retrieval(tmp_path, [10], [20], [{"easy": [0], "hard": [], "junk": Hostile()}])
     with pytest.raises(CheckpointFormatError, match=r"gnd_roxford5k.pkl: the file asks for .*open, .*nothing"):
         ImageRetrieval(root)
     assert not (tmp_path / "was_here").exists()
 
 
 def test_sizes_boxes_and_scales(tmp_path):
-    root = make_set(tmp_path, [10, 20], [20], [{"easy": [0], "hard": [], "junk": []}], size=(300, 120))
+    root = write_retrieval(tmp_path, [10, 20], [20], [{"easy": [0], "hard": [], "junk": []}], size=(300, 120))
     plain = ImageRetrieval(root, image_size=64)
     assert plain.database.sample(0, None)["image"].shape == (3, 26, 64)
     assert plain.queries.sample(0, None)["image"].shape == (3, 26, 64)
@@ -217,7 +192,7 @@ def test_files_that_are_not_there_or_not_right(tmp_path):
     gnd = [{"easy": [0], "hard": [], "junk": [1]}]
     with pytest.raises(FileNotFoundError, match=r"gnd_rparis6k.pkl: root must hold"):
         ImageRetrieval(str(tmp_path), "rparis6k")
-    root = make_set(tmp_path, [10, 20], [20], gnd)
+    root = write_retrieval(tmp_path, [10, 20], [20], gnd)
     path = tmp_path / "roxford5k" / "gnd_roxford5k.pkl"
     content = pickle.loads(path.read_bytes())
     for change, message in (
@@ -248,7 +223,7 @@ def test_files_that_are_not_there_or_not_right(tmp_path):
 
 
 def test_damaged_images(tmp_path, caplog):
-    root = make_set(tmp_path, [10, 80], [20], [{"easy": [0], "hard": [1], "junk": []}], size=(400, 300))
+    root = write_retrieval(tmp_path, [10, 80], [20], [{"easy": [0], "hard": [1], "junk": []}], size=(400, 300))
     damaged = tmp_path / "roxford5k" / "jpg" / "image1.jpg"
     whole = damaged.read_bytes()
     damaged.write_bytes(whole[: len(whole) - 200])

@@ -15,6 +15,7 @@ from passl.data.errors import UnreadableImageError
 from passl.evaluators import VideoSegmentation, evaluate
 from passl.evaluators.davis_metrics import boundary, boundary_accuracy, disk, region_similarity, statistics
 from passl.evaluators.label_propagation import LabelPropagation, segment
+from tests.evaluators.made_sets import box_mask, moving, write_video
 
 SIZE = {"image_size": 64}
 
@@ -29,42 +30,6 @@ class Colours(nn.Layer):
 
     def forward(self, images):
         return images.mean([2, 3])
-
-
-COLOURS = np.array([[20, 20, 160], [200, 30, 30], [30, 200, 30]], np.uint8)
-
-
-def box_mask(boxes, height=64, width=128):
-    """boxes: of each object left, top, right, bottom."""
-    mask = np.zeros((height, width), np.uint8)
-    for number, (left, top, right, bottom) in enumerate(boxes, 1):
-        mask[top:bottom, left:right] = number
-    return mask
-
-
-def make_video(root, name, masks, frames=None):
-    """A video in which each object has a colour of its own; `frames`: what the frames show, if not their masks."""
-    images, annotations = (root / kind / "480p" / name for kind in ("JPEGImages", "Annotations"))
-    images.mkdir(parents=True)
-    annotations.mkdir(parents=True)
-    for number, shown in enumerate(masks if frames is None else frames):
-        Image.fromarray(COLOURS[shown]).save(images / f"{number:05d}.jpg", quality=100, subsampling=0)
-    for number, mask in enumerate(masks):
-        write_mask(annotations / f"{number:05d}.png", mask)
-    listing = root / "ImageSets" / "2017" / "val.txt"
-    listing.parent.mkdir(parents=True, exist_ok=True)
-    with listing.open("a") as file:
-        file.write(f"{name}\n")
-    return str(root)
-
-
-def moving(steps, length=6):
-    """Masks of upright bands 24 pixels wide, each of which moves by so many pixels a frame.
-
-    Bands, as bilinear maps round the corners of boxes.
-    """
-    starts = [8, 96][: len(steps)]
-    return [box_mask([(x + i * dx, 0, x + i * dx + 24, 64) for x, dx in zip(starts, steps)]) for i in range(length)]
 
 
 # --- measures ---
@@ -194,8 +159,8 @@ def test_labels_are_stretched_before_they_compete():
 
 @pytest.mark.smoke
 def test_moving_objects_are_followed(tmp_path):
-    root = make_video(tmp_path / "davis", "two", moving([8, -8], 5))
-    make_video(tmp_path / "davis", "one", moving([8], 6))
+    root = write_video(tmp_path / "davis", "two", moving([8, -8], 5))
+    write_video(tmp_path / "davis", "one", moving([8], 6))
     found = evaluate(VideoSegmentation(root, **SIZE), Colours(), tmp_path / "out")
     assert found == {
         "J&F-Mean": 100, "J-Mean": 100, "J-Recall": 100, "J-Decay": 0, "F-Mean": 100, "F-Recall": 100, "F-Decay": 0,
@@ -221,7 +186,7 @@ def test_moving_objects_are_followed(tmp_path):
 def test_an_answer_that_is_known_and_not_perfect(tmp_path):
     # What is seen stays where it was; the annotation moves on by 8 pixels a frame. First and last do not count.
     masks = moving([8], length=5)
-    root = make_video(tmp_path / "davis", "still", masks, frames=[masks[0]] * 5)
+    root = write_video(tmp_path / "davis", "still", masks, frames=[masks[0]] * 5)
     found = evaluate(VideoSegmentation(root, **SIZE), Colours(), tmp_path)
     regions = [(24 - 8 * i) / (24 + 8 * i) for i in (1, 2, 3)]
     accuracies = [brute_accuracy(masks[0] > 0, mask > 0) for mask in masks[1:4]]
@@ -239,7 +204,7 @@ def test_void_is_background_and_an_object_that_comes_later_does_not_count(tmp_pa
     for mask in annotated:
         mask[:8, 100:] = 255
     annotated[2][40:48, 104:112] = 2
-    root = make_video(tmp_path / "davis", "void", annotated, frames=masks)
+    root = write_video(tmp_path / "davis", "void", annotated, frames=masks)
     found = evaluate(VideoSegmentation(root, **SIZE), Colours(), tmp_path)
     assert found["J&F-Mean"] == 100
     with (tmp_path / "per-sequence_results-val.csv").open() as file:
@@ -256,14 +221,14 @@ def test_sizes(tmp_path):
     # Odd, upright and square frames: masks have the frames' sizes.
     for height, width in ((131, 71), (65, 65)):
         masks = [box_mask([(8, 8, 40, 40)], height, width)] * 3
-        root = make_video(tmp_path / f"{height}", "odd", masks)
+        root = write_video(tmp_path / f"{height}", "odd", masks)
         found = evaluate(VideoSegmentation(root, **SIZE), Colours(), tmp_path / "out")
         assert read_mask(str(tmp_path / "out" / "odd" / "00001.png"))[0].shape == (height, width)
         assert found["J-Mean"] > 70
 
 
 def test_the_palette_of_the_first_mask_is_kept(tmp_path):
-    root = make_video(tmp_path / "davis", "own", moving([8], 3))
+    root = write_video(tmp_path / "davis", "own", moving([8], 3))
     first = tmp_path / "davis" / "Annotations" / "480p" / "own" / "00000.png"
     colours = bytes(range(255, -1, -1)) * 3
     write_mask(first, moving([8], 3)[0], colours)
@@ -277,7 +242,7 @@ def test_the_palette_of_the_first_mask_is_kept(tmp_path):
 def test_memory_does_not_grow_with_the_video(tmp_path):
     def peak(length):
         masks = [moving([8], 1)[0]] * length
-        root = make_video(tmp_path / str(length), "long", masks)
+        root = write_video(tmp_path / str(length), "long", masks)
         evaluator = VideoSegmentation(root, num_frames=2, **SIZE)
         tracemalloc.start()
         evaluate(evaluator, Colours(), tmp_path / "out")
@@ -292,7 +257,7 @@ def test_memory_does_not_grow_with_the_video(tmp_path):
 def test_files_that_are_not_there_or_not_right(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"val.txt: root must hold JPEGImages, Annotations and ImageSets"):
         VideoSegmentation(str(tmp_path))
-    root = make_video(tmp_path / "davis", "video", moving([8], 4))
+    root = write_video(tmp_path / "davis", "video", moving([8], 4))
     folder = tmp_path / "davis"
     listing = folder / "ImageSets" / "2017" / "val.txt"
     for text, message in (("", "names no sequences"), ("video\nvideo\n", "occurs twice"), ("../video", "no name of")):
@@ -321,7 +286,7 @@ def test_files_that_are_not_there_or_not_right(tmp_path):
 
 
 def test_damaged_files_and_others(tmp_path):
-    root = make_video(tmp_path / "davis", "video", moving([8], 4))
+    root = write_video(tmp_path / "davis", "video", moving([8], 4))
     frame = tmp_path / "davis" / "JPEGImages" / "480p" / "video" / "00002.jpg"
     mask = tmp_path / "davis" / "Annotations" / "480p" / "video" / "00001.png"
     whole, numbers = frame.read_bytes(), mask.read_bytes()
@@ -338,7 +303,7 @@ def test_damaged_files_and_others(tmp_path):
     mask.write_bytes(numbers)
     with pytest.raises(ValueError, match=r"shows no features of patches"):
         evaluate(VideoSegmentation(root, **SIZE), nn.Linear(3, 3), tmp_path)
-    empty = make_video(tmp_path / "empty", "video", [np.zeros((64, 128), np.uint8)] * 3)
+    empty = write_video(tmp_path / "empty", "video", [np.zeros((64, 128), np.uint8)] * 3)
     with pytest.raises(ValueError, match="no first frame has an object"):
         evaluate(VideoSegmentation(empty, **SIZE), Colours(), tmp_path)
     assert cv2.imread(str(tmp_path / "video" / "00001.png")) is not None
