@@ -4,6 +4,7 @@ import csv
 import json
 
 import pytest
+
 from tests.engine import tiny
 from tests.engine.test_distributed import launch
 from tests.evaluators import made_sets
