@@ -23,6 +23,7 @@ from passl.registry import BACKBONES, DATASETS, EVALUATORS, HEADS, METHODS, OPTI
 from passl.schedules import Timeline
 from tests.data.tarballs import write_tarball
 from tests.engine import tiny
+from tests.evaluators import made_sets
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 SMALL = {"img_size": 16, "patch_size": 8, "embed_dim": 12, "depth": 2, "num_heads": 2, "num_classes": 3, "in_dim": 12}
@@ -50,6 +51,7 @@ def images(tmp_path_factory):
     files = {f"{path.parent.name}/{path.name}": path.read_bytes() for path in (folder / "train").rglob("*.png")}
     write_tarball(folder / "train/pretrain_dataset.tar", files)
     index_tarball(folder / "train/pretrain_dataset.tar", folder / "train")
+    made_sets.write_all(folder / "benchmarks")
     return folder
 
 
@@ -151,7 +153,12 @@ def test_evaluators(name, images, tmp_path):
     transform = TRANSFORMS.get("ToTensor")()
     folders = {split: DATASETS.get("ImageFolder")(str(images / split), transform) for split in ("train", "val")}
     evaluator = build(
-        EVALUATORS.get(name), dataset=folders["val"], train_dataset=folders["train"], val_dataset=folders["val"]
+        EVALUATORS.get(name),
+        dataset=folders["val"],
+        train_dataset=folders["train"],
+        val_dataset=folders["val"],
+        root=str(images / "benchmarks" / name),
+        image_size=64,
     )
     method = build(METHODS.get("LinearProbe"), **parts())
     results = passl.evaluators.evaluate(evaluator, method, tmp_path)
