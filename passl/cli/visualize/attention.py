@@ -144,8 +144,8 @@ def _run(options: argparse.Namespace) -> None:
     from passl.visualize.attention_files import folder_names
 
     _check(options)
-    files = _images(options.image)
     network = load(subject.config_of(options), "looking at")
+    files = _images(options.image, network.channels)
     output = Path(options.output_dir).expanduser()
     folders = [output] if len(files) == 1 else [output / name for name in folder_names(files)]
     problems = []
@@ -190,12 +190,12 @@ def _check(options: argparse.Namespace) -> None:
         raise ConfigError([f"--cmap: {error}"]) from error
 
 
-def _images(sources: list[str]) -> list[str]:
+def _images(sources: list[str], channels: Optional[int]) -> list[str]:
     """The images under ``sources``; an error ends the program."""
     from passl.predict import VIDEO_SUFFIXES, SourceError, find_files
 
     try:
-        files = find_files(sources)
+        files = find_files(sources, channels)
         images = [file for file in files if Path(file).suffix.lower() not in VIDEO_SUFFIXES]
         if not images:
             raise SourceError(f"{', '.join(sources)}: videos only: passl-visualize video is for them")
