@@ -216,6 +216,14 @@ def test_nothing_to_look_at(tmp_path, capsys):
     assert "1 x 5000 pixels are too long a strip" in strip
 
 
+def test_an_image_is_not_overwritten(photo, capsys):
+    image = photo.rename(photo.with_name("img.png"))
+    before = image.read_bytes()
+    error = error_of(capsys, 2, "--image", image, "--output_dir", image.parent, *SMALL)
+    assert "img.png would be overwritten, choose another folder" in error
+    assert image.read_bytes() == before
+
+
 def test_the_default_size_is_the_official_one(photo, tmp_path):
     options = SMALL[: SMALL.index("--image_size")]
     attention("--image", photo, "--output_dir", tmp_path / "out", "--patch_size", 32, *options[:-4])

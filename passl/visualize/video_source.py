@@ -132,10 +132,12 @@ class FileSource:
                     damaged += 1
                     continue
                 time = None if frame.pts is None else frame.pts * frame.time_base
-                if time is not None:
+                count += 1
+                if time is None:
+                    end += 1 / self.rate
+                else:
                     first = time if first is None else first
                     end = max(end, time - first + 1 / self.rate)
-                count += 1
                 yield Frame(_upright(frame, stream), None if time is None else time - first)
         self._note_what_is_missing(count, damaged, end)
 
