@@ -48,7 +48,8 @@ def test_the_official_files(reference, tmp_path):
     recorded = np.load(reference / "visualize_attention.npz")
     for job, meta, _ in recorded_jobs(reference):
         argv, output = meta["argv"], tmp_path / job
-        options = argv[argv.index("--image_size") :]
+        start = argv.index("--arch")
+        options = argv[:start] + argv[start + 2 :]
         heads = f"num_heads={meta['arch']['num_heads']}"
         attention("--image_path", reference / "viz_image.png", "--pretrained_weights", reference / meta["weights"],
                   "--set", heads, *options, "--output_dir", output)  # fmt: skip
