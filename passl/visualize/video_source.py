@@ -179,9 +179,9 @@ def _rate_of(stream: Any) -> Fraction:
 
 def _upright(frame: Any, stream: Any) -> np.ndarray:
     image = frame.to_ndarray(format="rgb24")
-    # Counter-clockwise, as the file asks to be shown. Older versions of PyAV give the tag of older files alone.
+    # Counter-clockwise, as the file asks to be shown. PyAV before 13 has it elsewhere.
     degrees = getattr(frame, "rotation", None)
     if degrees is None:
-        degrees = -int(stream.metadata.get("rotate", 0))
+        degrees = (getattr(stream, "side_data", None) or {}).get("DISPLAYMATRIX", 0)
     quarters = round(degrees / 90) % 4
     return np.ascontiguousarray(np.rot90(image, quarters)) if quarters else image
