@@ -48,7 +48,8 @@ def test_the_official_files(reference, tmp_path):
     recorded = np.load(reference / "visualize_attention.npz")
     for job, meta, _ in recorded_jobs(reference):
         argv, output = meta["argv"], tmp_path / job
-        options = argv[argv.index("--image_size") :]
+        start = argv.index("--arch")
+        options = argv[:start] + argv[start + 2 :]
         heads = f"num_heads={meta['arch']['num_heads']}"
         attention("--image_path", reference / "viz_image.png", "--pretrained_weights", reference / meta["weights"],
                   "--set", heads, *options, "--output_dir", output)  # fmt: skip
@@ -101,6 +102,70 @@ def test_similarity_in_any_network(photo, tmp_path, network):
     assert Image.open(tmp_path / "similarity.png").size == (96, 64)
 
 
+OWN = """
+from paddle import nn
+from passl.registry import BACKBONES
+
+@BACKBONES.register()
+class Own(nn.Layer):
+    embed_dim = 6
+
+    def __init__(self, in_chans: int = 3) -> None:
+        super().__init__()
+        self.conv = nn.Conv2D(in_chans, 6, 7, stride=7)
+
+    def feature_map(self, images):
+        return self.conv(images)
+
+    def forward(self, images):
+        return self.conv(images).mean([2, 3])
+
+@BACKBONES.register()
+class Bare(Own):
+    feature_map = None
+"""
+
+
+def test_networks_of_ones_own(photo, tmp_path, capsys):
+    (tmp_path / "own.py").write_text(OWN)
+    config = tmp_path / "own.yaml"
+    config.write_text(f"Global: {{plugins: [{tmp_path / 'own.py'}]}}\nModel: {{name: Own}}\n")
+    attention("--image", photo, "--similarity", "-c", config, "--image_size", 50, 70, "--output_dir", tmp_path / "out")
+    assert len(np.unique(np.asarray(Image.open(tmp_path / "out/similarity.png"))[0, :, 0])) > 2
+    error = error_of(capsys, 2, "--image", photo, "--similarity", "-c", config, "-o", "Model.name=Bare")
+    assert "Bare shows no features of patches: give it a method feature_map(images) -> [B, D, h, w]" in error
+    assert "get_last_selfattention(images) -> [B, heads, 1+N, 1+N]" in error_of(
+        capsys, 2, "--image", photo, "-c", config
+    )
+
+
+def test_images_of_five_channels(tmp_path):
+    np.save(tmp_path / "a.npy", np.random.default_rng(0).random([40, 48, 5]).astype(np.float32))
+    config = tmp_path / "five.yaml"
+    config.write_text(
+        "Data: {channels: 5, mean: [0.5, 0.5, 0.5, 0.5, 0.5], std: [0.2, 0.2, 0.2, 0.2, 0.2]}\n"
+        "Model: {name: VisionTransformer, in_chans: 5, patch_size: 8, img_size: 32, embed_dim: 12, depth: 1,"
+        " num_heads: 2}\n"
+    )
+    attention("--image", tmp_path / "a.npy", "-c", config, "--image_size", 40, 48, "--output_dir", tmp_path / "out")
+    assert Image.open(tmp_path / "out/img.png").size == (48, 40)
+    assert Image.open(tmp_path / "out/overview.png").mode == "RGB"
+
+
+@pytest.mark.parametrize(
+    "network",
+    [
+        ("--arch", "xcit_nano_12_p16", "--layer", "0"),
+        ("--arch", "dinov2_vit_small", "--set", "num_register_tokens=4", "--set", "img_size=28"),
+    ],
+)
+def test_attention_of_other_transformers(photo, tmp_path, network):
+    attention("--image", photo, "--image_size", "64x100", "--output_dir", tmp_path / "out", *network)
+    patch = 16 if "xcit" in network[1] else 14
+    width, height = Image.open(tmp_path / "out/attn-head3.png").size
+    assert (height, width) == (64 // patch * patch, 100 // patch * patch)
+
+
 def test_attention_of_a_network_without(photo, capsys):
     error = error_of(capsys, 2, "--image", photo, "--arch", "resnet18", "--image_size", "64")
     assert "ResNet has no [CLS] token that attends to patches" in error
@@ -150,6 +215,14 @@ def test_nothing_to_look_at(tmp_path, capsys):
     Image.new("RGB", (5000, 1)).save(tmp_path / "strip.png")
     strip = error_of(capsys, 1, "--image", tmp_path / "strip.png", "--arch", "resnet18", "--image_size", "480")
     assert "1 x 5000 pixels are too long a strip" in strip
+
+
+def test_an_image_is_not_overwritten(photo, capsys):
+    image = photo.rename(photo.with_name("img.png"))
+    before = image.read_bytes()
+    error = error_of(capsys, 2, "--image", image, "--output_dir", image.parent, *SMALL)
+    assert "img.png would be overwritten, choose another folder" in error
+    assert image.read_bytes() == before
 
 
 def test_the_default_size_is_the_official_one(photo, tmp_path):

@@ -102,6 +102,7 @@ def test_another_rate_keeps_all_frames(clip, tmp_path):
         (("--resize", "1", "2", "3"), 2, "--resize 1 2 3: one number, or height and width"),
         (("--resize", "4"), 2, "no whole patch of 8 pixels"),
         (("--threshold", "0"), 2, "'0' must be above 0 and at most 1"),
+        (("--video_only", "--threshold", "0.5", "--layout", "overlay"), 2, "--threshold, --layout: of attention"),
         (("--cmap", "no"), 2, "--cmap: cmap ('no') must be a colour map of matplotlib"),
     ],
 )
@@ -109,6 +110,26 @@ def test_errors(clip, tmp_path, capsys, arguments, code, message):
     error = error_of(capsys, code, "--input", clip, "--output", tmp_path / "out", *NETWORK, *arguments)
     assert message in error
     assert not list((tmp_path / "out").glob("*"))
+
+
+@pytest.mark.smoke
+def test_the_input_is_not_overwritten(tmp_path, capsys):
+    path = clips.write(tmp_path / "video.mp4", 3)
+    before = path.read_bytes()
+    assert "that would overwrite the input" in error_of(capsys, 2, "--input", path, "--output", tmp_path, *NETWORK)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.smoke
+def test_a_moving_gif_and_a_single_picture(tmp_path):
+    images = [Image.fromarray(clips.drawn(index)) for index in range(4)]
+    images[0].save(tmp_path / "a.gif", save_all=True, append_images=images[1:], duration=100)
+    images[0].save(tmp_path / "b.png")
+    for name, count in (("a.gif", 4), ("b.png", 1)):
+        video("--input", tmp_path / name, "--output", tmp_path / name[0], *NETWORK)
+        frames, rate, _ = clips.read(tmp_path / name[0] / "video.mp4")
+        assert len(frames) == count
+        assert count == 1 or rate == 10
 
 
 @pytest.mark.smoke

@@ -65,7 +65,7 @@ def glowing(image: np.ndarray, values: np.ndarray, cmap: str = "inferno") -> np.
     height, width = image.shape[:2]
     level = smooth(stretched(values, *_range(values)), height, width)
     level = np.clip(level, 0.0, 1.0)
-    share = (0.15 + 0.5 * level)[:, :, None]
+    share = (0.15 + 0.4 * level)[:, :, None]
     dimmed = image * (0.35 + 0.65 * level)[:, :, None]
     return (dimmed * (1 - share) + coloured(level, cmap) * share + 0.5).astype(np.uint8)
 

@@ -70,7 +70,7 @@ def _size_for(image: np.ndarray, patch_size: int) -> Optional[list[int]]:
     """[height, width] for frames whose attention would take too long and too much memory, None if they are fine."""
     height, width = image.shape[:2]
     patches = (height // patch_size) * (width // patch_size)
-    if patches <= _MAX_PATCHES:
+    if patches <= _MAX_PATCHES or patch_size == 1:  # 1: a network without patches, which says so itself
         return None
     factor = (_FEWER_PATCHES / patches) ** 0.5
     size = [max(patch_size, round(side * factor / patch_size) * patch_size) for side in (height, width)]

@@ -123,7 +123,7 @@ class FileSource:
             raise VideoError(f"{self._path}: not a video that can be read ({error})") from error
 
     def __iter__(self) -> Iterator[Frame]:
-        count, damaged, end, first = 0, 0, Fraction(0), None
+        count, damaged, end, first, size = 0, 0, Fraction(0), None, None
         with self._opened() as container:
             stream = container.streams.video[0]
             stream.thread_type = "AUTO"
@@ -132,16 +132,19 @@ class FileSource:
                     damaged += 1
                     continue
                 time = None if frame.pts is None else frame.pts * frame.time_base
-                if time is not None:
+                size = size or (frame.width, frame.height)  # streams may change it
+                count += 1
+                if time is None:
+                    end += 1 / self.rate
+                else:
                     first = time if first is None else first
                     end = max(end, time - first + 1 / self.rate)
-                count += 1
-                yield Frame(_upright(frame, stream), None if time is None else time - first)
+                yield Frame(_upright(frame, stream, *size), None if time is None else time - first)
         self._note_what_is_missing(count, damaged, end)
 
     def _decoded(self, container: Any, stream: Any) -> Iterator[Any]:
         """Frames; None for a packet that is damaged."""
-        packets = container.demux(stream)
+        packets, packet = container.demux(stream), None
         while True:
             try:
                 packet = next(packets, None)
@@ -175,11 +178,11 @@ def _rate_of(stream: Any) -> Fraction:
     return rate if 0 < rate <= 1000 else Fraction(25)
 
 
-def _upright(frame: Any, stream: Any) -> np.ndarray:
-    image = frame.to_ndarray(format="rgb24")
-    # Counter-clockwise, as the file asks to be shown. Older versions of PyAV give the tag of older files alone.
+def _upright(frame: Any, stream: Any, width: int, height: int) -> np.ndarray:
+    image = frame.reformat(width, height, "rgb24").to_ndarray()
+    # Counter-clockwise, as the file asks to be shown. PyAV before 13 has it elsewhere.
     degrees = getattr(frame, "rotation", None)
     if degrees is None:
-        degrees = -int(stream.metadata.get("rotate", 0))
+        degrees = (getattr(stream, "side_data", None) or {}).get("DISPLAYMATRIX", 0)
     quarters = round(degrees / 90) % 4
     return np.ascontiguousarray(np.rot90(image, quarters)) if quarters else image

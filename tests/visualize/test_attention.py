@@ -42,6 +42,8 @@ def recorded_jobs(reference):
 
 def sizes_of(argv):
     """What follows --image_size."""
+    if "--image_size" not in argv:
+        return [480, 480]
     rest = argv[argv.index("--image_size") + 1 :]
     sizes = [int(one) for one in rest[: next((i for i, one in enumerate(rest) if one.startswith("-")), None)]]
     return sizes[0] if len(sizes) == 1 else sizes

@@ -65,9 +65,8 @@ def test_a_rate_that_an_avi_cannot_hold_is_the_nearest(tmp_path):
 def test_nothing_is_left_after_an_error(tmp_path):
     path = tmp_path / "v.mp4"
     path.write_bytes(b"of before")
-    with pytest.raises(VideoError, match="of another size"), writing(path, "mp4", clips.NTSC) as video:
-        video.write(clips.drawn(0))
-        video.write(clips.drawn(0, 50, 50))
+    with pytest.raises(VideoError, match="of another size"):
+        write_frames(path, [clips.drawn(0), clips.drawn(0, 50, 50)])
     with pytest.raises(VideoError, match="there is no frame to write"), writing(path, "mp4", clips.NTSC):
         pass
     assert path.read_bytes() == b"of before"

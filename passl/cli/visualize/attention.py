@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from pathlib import Path
 from typing import Any, Optional, Union
@@ -144,10 +145,11 @@ def _run(options: argparse.Namespace) -> None:
     from passl.visualize.attention_files import folder_names
 
     _check(options)
-    files = _images(options.image)
     network = load(subject.config_of(options), "looking at")
+    files = _images(options.image, network.channels)
     output = Path(options.output_dir).expanduser()
     folders = [output] if len(files) == 1 else [output / name for name in folder_names(files)]
+    _spare(files, folders)
     problems = []
     for file, folder in zip(tqdm(files, unit="image", disable=None if len(files) > 1 else True), folders):
         try:
@@ -190,18 +192,29 @@ def _check(options: argparse.Namespace) -> None:
         raise ConfigError([f"--cmap: {error}"]) from error
 
 
-def _images(sources: list[str]) -> list[str]:
+def _images(sources: list[str], channels: Optional[int]) -> list[str]:
     """The images under ``sources``; an error ends the program."""
     from passl.predict import VIDEO_SUFFIXES, SourceError, find_files
 
     try:
-        files = find_files(sources)
+        files = find_files(sources, channels)
         images = [file for file in files if Path(file).suffix.lower() not in VIDEO_SUFFIXES]
         if not images:
             raise SourceError(f"{', '.join(sources)}: videos only: passl-visualize video is for them")
         return images
     except SourceError as error:
         return stop(error, RUN_ERROR)
+
+
+def _spare(files: list[str], folders: list[Path]) -> None:
+    """Raises ConfigError if an image would be overwritten."""
+    from passl.config import ConfigError
+
+    written = {folder.resolve() for folder in folders}
+    for path in (Path(file).resolve() for file in files):
+        is_ours = re.fullmatch(r"(img|overview|similarity|attn-\w+|mask_th[\d.e-]+_\w+)\.png", path.name)
+        if is_ours and path.parent in written:
+            raise ConfigError([f"--output_dir: {path} would be overwritten, choose another folder"])
 
 
 def _prepared(file: str, options: argparse.Namespace, network: Any) -> Any:

@@ -107,6 +107,24 @@ def _check(options: argparse.Namespace) -> None:
 
     if options.resize is not None and len(options.resize) > 2:
         raise ConfigError([f"--resize {' '.join(map(str, options.resize))}: one number, or height and width"])
+    about_attention = [
+        name
+        for name, value, default in (
+            ("--head", options.head, None),
+            ("--rollout", options.rollout, False),
+            ("--threshold", options.threshold, None),
+            ("--layout", options.layout, "map"),
+            ("--save_frames", options.save_frames, False),
+        )
+        if value != default
+    ]
+    if options.video_only and about_attention:
+        raise ConfigError([f"{', '.join(about_attention)}: of attention, and --video_only takes frames as they are"])
+    source, folder = Path(options.input).expanduser().resolve(), Path(options.output).expanduser().resolve()
+    written = [folder / f"video.{options.video_format}"]
+    written += [folder / "frames", folder / "attention"] if options.save_frames else []
+    if source in written:
+        raise ConfigError([f"--output {options.output}: that would overwrite the input, choose another folder"])
     if options.head == "all":
         raise ConfigError(["--head all: a video shows one map, say the number of a head, or mean"])
     try:
