@@ -13,7 +13,6 @@ from passl.visualize.embeddings import METHODS, project
 from passl.visualize.principal import Moments, components_of
 from passl.visualize.visualdl_embeddings import write_embeddings
 
-
 # UMAP compiles itself for half a minute at its first use.
 EACH = [pytest.param(method, marks=[pytest.mark.slow] * (method == "umap")) for method in METHODS]
 
