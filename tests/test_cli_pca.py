@@ -12,9 +12,9 @@ from passl.cli.visualize.pca import output_names
 NETWORKS = {
     "vit": ["--arch", "VisionTransformer", "--set", "embed_dim=12", "--set", "depth=2", "--set", "num_heads=2",
             "--set", "img_size=32", "--patch_size", "8"],
-    "dinov2": ["--arch", "dinov2_vits14_reg", "--set", "img_size=28", "--image_size", "28"],
+    "dinov2": ["--arch", "dinov2_vit_small", "--set", "num_register_tokens=4", "--image_size", "28"],
     "xcit": ["--arch", "xcit_nano_12_p8"],
-    "resnet": ["--arch", "resnet50", "--image_size", "64"],
+    "resnet": ["--arch", "resnet18", "--image_size", "64"],
 }  # fmt: skip
 
 
@@ -48,7 +48,7 @@ def test_any_network_and_size(name, more, tmp_path):
 
 def test_registers_are_no_patches(tmp_path):
     write_images(tmp_path / "in", [(32, 32)])
-    registers = ["--arch", "dinov2_vits14_reg", "--image_size", "42", "28"]
+    registers = ["--arch", "dinov2_vit_small", "--set", "num_register_tokens=4", "--image_size", "42", "28"]
     run("--images", tmp_path / "in", "--output_dir", tmp_path, *registers)
     picture = opened(tmp_path / "0_pca.png")
     assert picture.shape == (42, 28, 3)

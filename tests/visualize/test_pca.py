@@ -24,7 +24,7 @@ def pictures(features, foreground=False, smooth=False):
 
 @pytest.mark.smoke
 def test_colours_are_the_first_three_components():
-    features = maps((6, 9), (5, 4))
+    features = maps((60, 90), (50, 40))
     rows = np.concatenate([one.reshape(-1, 12) for one in features])
     centred = rows - rows.mean(axis=0)
     directions = np.linalg.svd(centred, full_matrices=False)[2][:3]
@@ -34,7 +34,7 @@ def test_colours_are_the_first_three_components():
     for channel in range(3):
         low, high = np.quantile(scores[:, channel], [0.01, 0.99])
         wanted = np.clip((scores[:, channel] - low) / (high - low), 0, 1) * 255
-        assert np.abs(got[:, channel] - wanted).max() < 8
+        assert np.abs(got[:, channel] - wanted).max() < 2
         assert {got[:, channel].min(), got[:, channel].max()} == {0, 255}
 
 
@@ -73,7 +73,6 @@ def test_without_a_border_of_its_own_the_smaller_part_is_the_foreground():
     features = np.zeros((1, 9, 4))
     features[0, 7:, 0] = 1
     for turned in (features, -features):
-        assert fit(lambda turned=turned: [turned], foreground=True).mask(features).sum() in (2, 7)
         assert fit(lambda turned=turned: [turned], foreground=True).mask(turned)[0].tolist() == [False] * 7 + [True] * 2
 
 
@@ -112,7 +111,7 @@ def test_pictures_have_any_size():
 def test_overview_shows_pairs_of_any_shape():
     pairs = [(Image.new("RGB", size, "red"), Image.new("RGB", size, "blue")) for size in [(9, 20), (300, 7), (50, 50)]]
     for count in (1, 2, 3):
-        colours = dict((colour, number) for number, colour in overview(pairs[:count]).getcolors(10**6))
+        colours = {colour: number for number, colour in overview(pairs[:count]).getcolors(10**6)}
         assert colours[(255, 0, 0)] == colours[(0, 0, 255)] > 0
 
 
