@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from tests.browser import needs_browser, page_dom
 
 RAW = ["--arch", "RawPixels", "--image_size", "8"]
 COLOURS = {"blue": (20, 40, 250), "red": (250, 30, 20)}
+METHOD = ["--method", "pca"] if find_spec("sklearn") is None else []  # the oldest supported Paddle is tested without
 OUTPUTS = ["embeddings.csv", "embeddings.html", "embeddings.png", "vdl"]
 
 
@@ -34,7 +36,7 @@ def folder(tmp_path):
 
 
 def run(*arguments):
-    visualize_main(["embeddings", *map(str, arguments)])
+    visualize_main(["embeddings", *METHOD, *map(str, arguments)])
 
 
 def table(folder):
@@ -55,7 +57,10 @@ def error(capsys, *arguments):
 
 def test_class_folders(folder, capsys):
     run("--images", folder / "in", *RAW, "--output_dir", folder / "out")
-    assert "12 images of 2 classes, tsne of 192 features" in capsys.readouterr().out
+    assert (
+        "12 images of 2 classes, t-SNE of 192 features".replace("t-SNE", "PCA" if METHOD else "t-SNE")
+        in capsys.readouterr().out
+    )
     assert sorted(path.name for path in (folder / "out").iterdir()) == OUTPUTS
     rows = table(folder / "out")
     assert list(rows[0]) == ["path", "class", "x", "y"]
@@ -69,7 +74,7 @@ def test_class_folders(folder, capsys):
 
 
 def test_the_two_classes_lie_apart(folder):
-    for method in ("tsne", "pca"):
+    for method in ("pca", "pca" if METHOD else "tsne"):
         run("--images", folder / "in", *RAW, "--output_dir", folder / "out", "--method", method)
         points = np.array([[float(row["x"]), float(row["y"])] for row in table(folder / "out")])
         middle = points.reshape(2, 6, 2).mean(axis=1)
@@ -132,7 +137,7 @@ def test_a_vision_transformer_at_its_own_size(folder, capsys):
         "--images", folder / "in/red", *network, "--set", "img_size=16", "--patch_size", 8, "--output_dir",
         folder / "out", "--method", "pca",
     )  # fmt: skip
-    assert "6 images, pca of 12 features" in capsys.readouterr().out
+    assert "6 images, PCA of 12 features" in capsys.readouterr().out
 
 
 def test_unreadable_files_are_left_out(folder, capsys):
@@ -206,7 +211,6 @@ def test_features_that_do_not_fit(folder, capsys):
     [
         ([], "no images: give --images DIR, or --features F.npy"),
         (["--images", "nowhere", *RAW], "--images nowhere: no such file or folder"),
-        (["--images", "in/red/0.png", "in/red/1.png", *RAW, "--perplexity", "2"], "less than the 2 images"),
         (["--images", "in", *RAW, "--method", "pca", "--perplexity", "2"], "--perplexity is of --method tsne"),
         (["--features", "f.npy", *RAW], "--features are there already"),
         (["--features", "f.npy", "--show", "thumbnails"], "--show thumbnails needs the images"),
@@ -218,6 +222,13 @@ def test_errors(arguments, wanted, folder, capsys, monkeypatch):
     code, text = error(capsys, *arguments, "--output_dir", "out")
     assert code == 2
     assert wanted in text
+
+
+def test_more_perplexity_than_images(folder, capsys):
+    pytest.importorskip("sklearn")
+    code, text = error(capsys, "--images", folder / "in/red", *RAW, "--perplexity", 6, "--output_dir", folder / "out")
+    assert code == 2
+    assert "perplexity (6) must be greater than 0 and less than the 6 images" in text
 
 
 def test_an_empty_folder(tmp_path, capsys):
