@@ -313,7 +313,8 @@ search.addEventListener("input", () => {
   draw();
 });
 
-if (window.ResizeObserver) new ResizeObserver(draw).observe(plot);
+// At once: a frame later the old picture would be seen stretched.
+if (window.ResizeObserver) new ResizeObserver(paint).observe(plot);
 fit();
 paint();
 })();

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import csv
 import io
+import logging
 import sys
 from pathlib import Path
 from typing import Any, Optional
@@ -26,6 +27,7 @@ page to zoom, point at and search, in one file), embeddings.csv (path, class, x,
 themselves for VisualDL's high-dimensional page. An image that cannot be read is named and left out, and the exit code
 is then 1.
 """
+_NAMES = {"tsne": "t-SNE", "umap": "UMAP", "pca": "PCA"}
 
 
 def add_to(commands: Any) -> None:
@@ -42,7 +44,7 @@ def add_to(commands: Any) -> None:
     )  # fmt: skip
     add("--features", metavar="F.npy", help="features of passl-eval in place of a network, with F.csv beside them")
     add("--output_dir", "--output-dir", default="output/embeddings", metavar="DIR", help="default: %(default)s")
-    add("--method", choices=("tsne", "umap", "pca"), default="tsne", help="default: %(default)s; pca needs no extra")
+    add("--method", choices=tuple(_NAMES), default="tsne", help="default: %(default)s; pca needs no extra")
     add("--perplexity", type=float, metavar="P", help="of tsne: about how many neighbours count (default: up to 30)")
     add("--seed", type=_whole(0), default=0, metavar="N", help="the same map for the same number (default: 0)")
     add("--show", choices=("thumbnails", "classes"), help="in embeddings.png (default: classes where there are any)")
@@ -81,6 +83,7 @@ def _run(options: argparse.Namespace) -> None:
     table = _table(options)
     for problem in table.unreadable:
         print(f"left out: {log.harmless(problem)}", file=sys.stderr)
+    logging.getLogger("passl").info("%s of %d x %d features", _NAMES[options.method], *table.features.shape)
     try:
         points = project(table.features, options.method, options.seed, options.perplexity)
     except ValueError as error:
@@ -92,7 +95,7 @@ def _run(options: argparse.Namespace) -> None:
     _write_page(folder / "embeddings.html", table, points)
     _write_csv(folder / "embeddings.csv", table, points)
     _write_visualdl(folder / "vdl", table)
-    print(f"{len(points)} images{classes}, {options.method} of {table.features.shape[1]} features: {folder}")
+    print(f"{len(points)} images{classes}, {_NAMES[options.method]} of {table.features.shape[1]} features: {folder}")
     for name in ("embeddings.png", "embeddings.html", "embeddings.csv"):
         print(f"  {folder / name}")
     print(f"  visualdl --logdir {folder / 'vdl'}")
@@ -156,9 +159,8 @@ def _write_picture(path: Path, table: Any, points: np.ndarray, options: argparse
 
 
 def _title(count: int, options: argparse.Namespace) -> str:
-    name = {"tsne": "t-SNE", "umap": "UMAP", "pca": "PCA"}[options.method]
     of = options.features or options.pretrained_model or options.arch or options.config
-    return f"{name} of {count} image{'s' * (count != 1)}: {of}"
+    return f"{_NAMES[options.method]} of {count} image{'s' * (count != 1)}: {of}"
 
 
 def _write_page(path: Path, table: Any, points: np.ndarray) -> None:

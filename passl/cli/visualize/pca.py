@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -220,8 +220,9 @@ class _Reader:
         else:
             shorter = self._image_size[0] if self._image_size else min(_LARGEST, height, width)
             wanted = (height * shorter / min(height, width), width * shorter / min(height, width))
-        patch: Optional[int] = getattr(self._network.backbone, "patch_size", None)
-        unit = patch if isinstance(patch, int) else 1
+        backbone = self._network.backbone
+        owner = backbone if hasattr(backbone, "patch_size") else getattr(backbone, "patch_embed", None)  # XCiT's
+        unit = getattr(owner, "patch_size", 1)
         rows, columns = (max(1, round(side / unit)) * unit for side in wanted)
         if rows * columns > _MAX_PIXELS:
             raise UnreadableImageError("", f"{width} x {height} pixels would become {columns} x {rows}: too many")
