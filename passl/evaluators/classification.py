@@ -81,8 +81,8 @@ class Classification(Evaluator):
         )
         if labels.min() < 0 or labels.max() >= logits.shape[1]:
             raise ValueError(
-                f"labels must be in 0 to {logits.shape[1] - 1}, the classes of the model, and are from {labels.min()} to "
-                f"{labels.max()}"
+                f"labels must be in 0 to {logits.shape[1] - 1}, the classes of the model, and are from {labels.min()} "
+                f"to {labels.max()}"
             )
         result = {f"top{k}": accuracy(logits, labels, k) for k in self.topk}
         loss = nn.functional.cross_entropy(paddle.to_tensor(logits), paddle.to_tensor(labels)).item()
