@@ -200,11 +200,17 @@ def _preprocessing(
     return found, sides
 
 
-def _validation_transform(config: Mapping[str, Any]) -> Optional[list[dict[str, Any]]]:
-    """``transform`` of DataLoader.Eval, or of the first evaluator's validation images, in its short form."""
+def _validation_dataset(config: Mapping[str, Any]) -> Optional[Any]:
+    """That of DataLoader.Eval, or else of the first evaluator that has one."""
     dataset = ((config.get("DataLoader") or {}).get("Eval") or {}).get("dataset")
     for spec in config.get("Evaluators") or []:
         dataset = dataset or component_parts(spec)[1].get("val_dataset")
+    return dataset
+
+
+def _validation_transform(config: Mapping[str, Any]) -> Optional[list[dict[str, Any]]]:
+    """``transform`` of DataLoader.Eval, or of the first evaluator's validation images, in its short form."""
+    dataset = _validation_dataset(config)
     steps = component_parts(dataset)[1].get("transform") if dataset else None
     if not isinstance(steps, list):
         return None
@@ -215,22 +221,24 @@ def _validation_transform(config: Mapping[str, Any]) -> Optional[list[dict[str, 
 
 
 def _class_names(config: Mapping[str, Any], model: nn.Layer) -> list[str]:
-    """Of what predicts classes: the class folders of DataLoader.Eval where they are there, else the numbers of the classes."""
+    """Of what predicts classes: the class folders of DataLoader.Eval or the first evaluator's validation images where
+    they are there, else the numbers of the classes.
+    """
     if not _predicts(model):
         return []
     numbers = [str(label) for label in range(model.num_classes)]
-    section = (config.get("DataLoader") or {}).get("Eval")
-    if not section:
+    dataset = _validation_dataset(config)
+    if dataset is None:
         return numbers
-    name, arguments = component_parts(section["dataset"])
+    name, arguments = component_parts(dataset)
     try:
         found = DATASETS.get(name)(**{**arguments, "transform": None}).class_names
     except (ValueError, OSError) as error:
-        logger.warning("classes get numbers for names, as DataLoader.Eval.dataset cannot be read (%s)", error)
+        logger.warning("classes get numbers for names, as the validation images cannot be read (%s)", error)
         return numbers
     if found and len(found) != model.num_classes:
         logger.warning(
-            "classes get numbers for names: DataLoader.Eval has %d classes, the %s %d",
+            "classes get numbers for names: the validation images have %d classes, the %s %d",
             len(found),
             type(model).__name__,
             model.num_classes,

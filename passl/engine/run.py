@@ -34,7 +34,7 @@ from passl.engine.reporting import ReportHook, report_evaluation
 from passl.engine.roll_back import RollBack
 from passl.engine.settings import GlobalSettings, schema
 from passl.engine.trainer import Hook, Trainer
-from passl.evaluators import Evaluator, evaluate
+from passl.evaluators import Classification, Evaluator, evaluate
 from passl.models import cpu
 from passl.models.method import Method
 from passl.schedules import Timeline
@@ -260,6 +260,9 @@ def evaluate_config(config: Config, source: Config) -> dict[str, float]:
     if not found:
         raise ConfigError(["nothing to evaluate: add Evaluators (for example KNN) or DataLoader.Eval"])
     build.check_labels(model, None, found)
+    for evaluator in found:
+        if isinstance(evaluator, Classification):
+            evaluator.writes_files = True
     file_index.save()
     results: dict[str, float] = {}
     for evaluator in found:

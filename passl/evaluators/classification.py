@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import numpy as np
 import paddle
 from paddle import nn
 
+from passl import distributed
+from passl.evaluators.classification_report import ClassificationReport
 from passl.evaluators.evaluator import Evaluator, map_dataset
 from passl.registry import EVALUATORS
 
@@ -21,6 +23,13 @@ class Classification(Evaluator):
     Args:
         dataset: labelled images.
         topk: a k above the number of classes counts every image as right, as in the official code.
+        report: also `balanced_accuracy` and `auc` (one class against the rest, their mean), and in the run's folder
+            `per_class.csv`, `confusion.csv` and, for 2 to 1000 classes, `confusion.png`. passl-eval writes the files of
+            DataLoader.Eval in any case.
+        predictions: name of a file in the run's folder, such as predictions.csv, with a line for each image.
+
+    Attributes:
+        writes_files: whether `report`'s files are written.
     """
 
     subject = "method"
@@ -34,6 +43,8 @@ class Classification(Evaluator):
         topk: Sequence[int] = (1, 5),
         prefetch_factor: int = 2,
         use_shared_memory: bool = True,
+        report: bool = False,
+        predictions: Optional[str] = None,
     ) -> None:
         if dataset.labels is None:
             raise ValueError("the data set of the Classification evaluator has no labels")
@@ -42,11 +53,16 @@ class Classification(Evaluator):
             raise ValueError(f"prefetch_factor ({prefetch_factor}) must be at least 1")
         if not topk or min(topk) < 1:
             raise ValueError(f"topk ({list(topk)}) must be one or more numbers above 0")
+        if predictions is not None and (not predictions or Path(predictions).name != predictions):
+            raise ValueError(f"predictions ({predictions!r}) must be the name of a file, without a folder")
         self.dataset = dataset
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.prefetch_factor = prefetch_factor
         self.use_shared_memory = use_shared_memory
+        self.report = report
+        self.writes_files = report
+        self.predictions = predictions
         self.topk = tuple(topk)
         self.key_metric = f"top{self.topk[0]}"
 
@@ -54,7 +70,7 @@ class Classification(Evaluator):
         def logits_of(images: paddle.Tensor) -> paddle.Tensor:
             return model.predict(images).astype("float32")
 
-        logits, labels, _ = map_dataset(
+        logits, labels, indices = map_dataset(
             logits_of,
             self.dataset,
             self.batch_size,
@@ -63,9 +79,32 @@ class Classification(Evaluator):
             prefetch_factor=self.prefetch_factor,
             use_shared_memory=self.use_shared_memory,
         )
+        if labels.min() < 0 or labels.max() >= logits.shape[1]:
+            raise ValueError(
+                f"labels must be in 0 to {logits.shape[1] - 1}, the classes of the model, and are from {labels.min()} "
+                f"to {labels.max()}"
+            )
         result = {f"top{k}": accuracy(logits, labels, k) for k in self.topk}
         loss = nn.functional.cross_entropy(paddle.to_tensor(logits), paddle.to_tensor(labels)).item()
-        return {**result, "loss": loss}
+        result["loss"] = loss
+        if self.report or self.writes_files or self.predictions:
+            result.update(self._reported(logits, labels, indices, Path(output_dir)))
+        return result
+
+    def _reported(self, logits: np.ndarray, labels: np.ndarray, indices: np.ndarray, folder: Path) -> dict[str, float]:
+        """Numbers for the result; the first process writes the files."""
+        num_classes = logits.shape[1]
+        names = list(self.dataset.class_names)
+        # A model may have more classes than there are folders here.
+        names += [str(label) for label in range(len(names), num_classes)]
+        report = ClassificationReport(logits, labels, names[:num_classes])
+        if distributed.is_main():
+            report.log()
+            if self.writes_files:
+                report.write(folder)
+            if self.predictions:
+                report.write_predictions(folder / self.predictions, self.dataset, indices)
+        return report.numbers() if self.report else {}
 
 
 def accuracy(logits: np.ndarray, labels: np.ndarray, k: int) -> float:
