@@ -20,3 +20,19 @@ def test_multi_crop(images: list[str]) -> None:
     rows = {line[:22].strip() for line in lines}
     assert {"all", "decode", "draw", "crop", "colour", "blur", "pack"} <= rows
     assert "official" in output  # measured, or said to be absent
+
+
+def test_label_propagation() -> None:
+    command = [
+        sys.executable,
+        str(BENCHMARKS / "label_propagation.py"),
+        "--grid",
+        "4x6",
+        "--width",
+        "8",
+        "--repeats",
+        "1",
+    ]
+    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert "4x6 patches of width 8" in output
+    assert "official" in output  # measured, or said to be absent

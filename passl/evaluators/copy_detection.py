@@ -15,8 +15,8 @@ from passl.data.datasets import ImageFiles
 from passl.data.image_io import image_extensions
 from passl.data.transforms import IMAGENET_MEAN, IMAGENET_STD, Compose, Normalize, Resize, ToTensor
 from passl.evaluators.classification import check_batches
-from passl.evaluators.evaluator import Evaluator, map_dataset
-from passl.evaluators.patches import cut_to_patches, patch_side, unit_rows
+from passl.evaluators.evaluator import Evaluator
+from passl.evaluators.image_features import cut_to_patches, patch_side, rows_of_all, unit_rows
 from passl.evaluators.ranking import average_precision, descending
 from passl.models.tokens import patch_features
 from passl.models.vision_transformer import TokenTransformer
@@ -107,8 +107,7 @@ class CopyDetection(Evaluator):
         def features(batch: paddle.Tensor) -> paddle.Tensor:
             return copy_features(model, cut_to_patches(batch, side)).astype("float32")
 
-        title = f"copy detection: {title}"
-        rows, _, _ = map_dataset(features, images, self.batch_size, title, num_workers=self.num_workers)
+        rows = rows_of_all(features, images, self.batch_size, f"copy detection: {title}", self.num_workers)
         if not np.isfinite(rows).all():
             raise ValueError("features are not finite: the weights are damaged, or of another network")
         return rows.astype(np.float64)

@@ -15,8 +15,8 @@ from paddle.nn import functional as F
 from passl.data.revisited import Query, RetrievalImages, read_ground_truth
 from passl.data.transforms import IMAGENET_MEAN, IMAGENET_STD, Compose, Normalize, ToTensor
 from passl.evaluators.classification import check_batches
-from passl.evaluators.evaluator import Evaluator, map_dataset
-from passl.evaluators.patches import cut_to_patches, patch_side, unit_rows
+from passl.evaluators.evaluator import Evaluator
+from passl.evaluators.image_features import cut_to_patches, patch_side, rows_of_all, unit_rows
 from passl.evaluators.ranking import descending, mean_of_known, revisited_scores
 from passl.registry import EVALUATORS
 
@@ -90,7 +90,7 @@ class ImageRetrieval(Evaluator):
             return total / len(scales)
 
         # Images differ in size, so that they come one by one.
-        rows, _, _ = map_dataset(features, images, 1, title, num_workers=self.num_workers)
+        rows = rows_of_all(features, images, 1, title, self.num_workers)
         if rows.ndim != 2:
             raise ValueError(f"the backbone returned {list(rows.shape[1:])} for an image: retrieval needs one row each")
         return unit_rows(rows, title.rpartition(" ")[2])

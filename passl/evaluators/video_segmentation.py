@@ -30,8 +30,8 @@ from passl.data.davis import (
 from passl.data.transforms import Normalize, ToTensor
 from passl.evaluators.davis_metrics import boundary_accuracy, region_similarity, statistics
 from passl.evaluators.evaluator import Evaluator
+from passl.evaluators.image_features import cut_to_patches, patch_side
 from passl.evaluators.label_propagation import LabelPropagation, segment
-from passl.evaluators.patches import cut_to_patches, patch_side
 from passl.formats.atomic import replacing
 from passl.models.tokens import patch_features
 from passl.registry import EVALUATORS
@@ -148,10 +148,10 @@ class VideoSegmentation(Evaluator):
         side = patch_side(model)
         for frame in sequence.frames:
             pixels = read_frame(frame)
+            _check_size(pixels[..., 0], first.shape, frame, "its sequence's first mask")
             images = cut_to_patches(self._tensor(pixels), side)
             features = patch_features(model, images)[0]
             if propagation is None:
-                _check_size(first, pixels.shape[:2], next(iter(sequence.masks.values())))
                 grid = features.shape[:2]
                 labels = paddle.to_tensor(_one_hot(resize_mask(_without_void(first), *grid)))
                 propagation = LabelPropagation(features, labels, **self.propagation)
@@ -176,10 +176,10 @@ def _one_hot(numbers: np.ndarray) -> np.ndarray:
     return np.eye(int(numbers.max()) + 1, dtype=np.float32)[numbers]
 
 
-def _check_size(mask: np.ndarray, shape: tuple[int, ...], path: str) -> None:
-    if mask.shape != tuple(shape):
-        (height, width), (rows, columns) = shape, mask.shape
-        raise ValueError(f"{path} has {columns} x {rows} pixels, and its frame {width} x {height}")
+def _check_size(found: np.ndarray, shape: tuple[int, ...], path: str, other: str = "its frame") -> None:
+    if found.shape != tuple(shape):
+        (height, width), (rows, columns) = shape, found.shape
+        raise ValueError(f"{path} has {columns} x {rows} pixels, and {other} {width} x {height}")
 
 
 def _write_table(path: Path, rows: Sequence[Any]) -> None:

@@ -183,10 +183,13 @@ def test_unreadable_images(tmp_path):
     write_block(tmp_path / "few", {"x": 30, "y": 31})
     (tmp_path / "few" / "y.jpg").write_bytes(b"")
     distractors = str(tmp_path / "few")
-    with pytest.raises(BadSamplesError, match=r"y.jpg: the file is empty"):
+    with pytest.raises(ValueError, match=r"y.jpg: the file is empty"):
         evaluate(CopyDetection(root, distractors, **SMALL), Colours(), tmp_path)
     found = evaluate(CopyDetection(root, distractors, max_bad_samples=1, **SMALL), Colours(), tmp_path)
     assert found["copydays_mAP_strong"] == pytest.approx(100 * (0 + 1 / 2) / 2)
+    (tmp_path / "few" / "z.jpg").write_bytes(b"")
+    with pytest.raises(BadSamplesError, match=r"more than max_bad_samples \(1\)"):
+        evaluate(CopyDetection(root, distractors, max_bad_samples=1, **SMALL), Colours(), tmp_path)
     (tmp_path / "set" / "original" / "200000.jpg").write_bytes(b"no")
-    with pytest.raises(BadSamplesError, match=r"200000.jpg"):
+    with pytest.raises(ValueError, match=r"every image of a benchmark counts, .*200000.jpg"):
         evaluate(CopyDetection(root, distractors, max_bad_samples=5, **SMALL), Colours(), tmp_path)

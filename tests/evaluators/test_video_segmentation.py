@@ -293,6 +293,9 @@ def test_damaged_files_and_others(tmp_path):
     frame.write_bytes(b"not a picture")
     with pytest.raises(UnreadableImageError, match=r"00002.jpg"):
         evaluate(VideoSegmentation(root, **SIZE), Colours(), tmp_path)
+    Image.new("RGB", (128, 72)).save(frame)
+    with pytest.raises(ValueError, match=r"00002.jpg has 128 x 72 pixels, and its sequence's first mask 128 x 64"):
+        evaluate(VideoSegmentation(root, **SIZE), Colours(), tmp_path)
     frame.write_bytes(whole)
     Image.new("RGB", (128, 64)).save(mask)
     with pytest.raises(UnreadableImageError, match=r"00001.png: a mask must be a palette or grey image, not RGB"):

@@ -1,9 +1,15 @@
-"""Images of any size for backbones that cut them into patches."""
+"""Features of the images of a benchmark: of any size, and of every one."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 from paddle import Tensor, nn
+
+from passl.data.loader import BadSamplesError
+from passl.evaluators.evaluator import map_dataset
 
 
 def patch_side(backbone: nn.Layer) -> int:
@@ -29,6 +35,24 @@ def cut_to_patches(images: Tensor, side: int) -> Tensor:
     if height % side or width % side:
         return images[:, :, : height // side * side, : width // side * side].contiguous()
     return images
+
+
+def rows_of_all(
+    function: Callable[[Tensor], Tensor], images: Any, batch_size: int, title: str, num_workers: int
+) -> np.ndarray:
+    """``function`` of every image, in their order, on every process: [N, ...]; see ``map_dataset``.
+
+    Raises:
+        ValueError: some of the images cannot be read, and none may be missing; the text names them.
+        BadSamplesError: more than the ``max_bad_samples`` that may be missing cannot be read.
+    """
+    try:
+        return map_dataset(function, images, batch_size, title, num_workers=num_workers)[0]
+    except BadSamplesError as error:
+        if images.max_bad_samples:
+            raise
+        files = "; ".join(f"{path}: {reason}" for path, reason in error.bad_samples)
+        raise ValueError(f"every image of a benchmark counts, and this cannot be read: {files}") from error
 
 
 def unit_rows(features: np.ndarray, what: str) -> np.ndarray:
