@@ -30,6 +30,10 @@ class Evaluator:
     models: Sequence[str] = ("teacher",)
     key_metric = ""
 
+    def result_names(self) -> Sequence[str]:
+        """Those of the results of :meth:`run` whose names are known before it: no other evaluator may have them too."""
+        return [self.key_metric] if self.key_metric else []
+
     def run(self, model: nn.Layer, output_dir: Path) -> dict[str, float]:
         """Measure ``model`` (in eval mode by now); files, if any, go to ``output_dir``."""
         raise NotImplementedError
