@@ -4,10 +4,11 @@
     python benchmarks/knn.py --threads 1 --sets cifar10 imagenet --repeats 9
 
 Both sides get the same unit rows and labels in memory and give top-1 and top-5 for k = 10, 20, 100, 200. The official
-side classifies for each k anew, as the official script does, in its chunks of a hundredth of the test images; and, as a
-harder rival, with one search for all k. The sides take turns, and the medians of the passes are shown: milliseconds of
-the clock for a test image, and PyTorch's as a multiple of passl's: above 1 passl is faster. They must agree in all
-numbers, up to images whose largest votes differ by rounding only.
+side classifies for each k anew, as the official script does, in chunks of as many rows as it has there (a hundredth of
+all test images: 100 of CIFAR's, 500 of ImageNet's); and, as a harder rival, with one search for all k. The sides take
+turns, and the medians of the passes are shown: milliseconds of the clock for a test image, and PyTorch's as a multiple
+of passl's: above 1 passl is faster. The largest difference of a rate, in percent, must be that of a few images whose
+votes differ by rounding only.
 
 Needs PyTorch in the same environment; without it only passl is measured.
 """
@@ -28,10 +29,10 @@ TEMPERATURE = 0.07
 SETS = {
     "cifar10": (50_000, 1_000, 384, 10),
     "cifar100": (50_000, 1_000, 384, 100),
-    "imagenet": (320_000, 200, 384, 1000),  # a quarter of the training images
-    "base": (50_000, 400, 768, 1000),
-    "last4": (50_000, 400, 1536, 1000),  # [CLS] of four blocks
-    "resnet50": (50_000, 400, 2048, 1000),
+    "imagenet": (200_000, 500, 384, 1000),  # a part of the images
+    "base": (40_000, 500, 768, 1000),
+    "last4": (40_000, 500, 1536, 1000),  # [CLS] of four blocks
+    "resnet50": (40_000, 500, 2048, 1000),
     "small": (5_000, 1_000, 384, 10),
 }
 Rates = dict[str, float]
@@ -77,7 +78,7 @@ def torch_side(data: tuple[Any, Any, Any, Any], threads: int, once: bool) -> Cal
     torch.set_num_threads(threads)
     train, train_labels, test, labels = map(torch.from_numpy, data)
     bank, classes = train.t(), int(train_labels.max()) + 1
-    chunk = max(len(test) // 100, 1)
+    chunk = 500 if classes == 1000 else 100
 
     def hits_of(similarity: Any, neighbours: Any, wanted: Any, hits: Rates, k: int) -> None:
         voters = train_labels[neighbours]
