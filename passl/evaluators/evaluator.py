@@ -12,8 +12,13 @@ from paddle import nn
 from tqdm import tqdm
 
 from passl import distributed
+from passl.config import ConfigError
 from passl.data.loader import EpochSampler, Loader
 from passl.models.method import Method
+
+
+class EvaluationError(ValueError):
+    """Data or weights that an evaluator cannot measure."""
 
 
 class Evaluator:
@@ -45,11 +50,20 @@ def backbones_of(model: nn.Layer) -> dict[str, nn.Layer]:
 
 
 def evaluate(evaluator: Evaluator, method: nn.Layer, output_dir: Path) -> dict[str, float]:
-    """Run ``evaluator`` on the part of ``method`` it wants, in eval mode and without gradients."""
+    """Run ``evaluator`` on the part of ``method`` it wants, in eval mode and without gradients.
+
+    Raises:
+        EvaluationError: it cannot measure this; the text begins with its name.
+    """
     model = getattr(method, "backbone", method) if evaluator.subject == "backbone" else method
     model.eval()
     with paddle.no_grad():
-        return evaluator.run(model, output_dir)
+        try:
+            return evaluator.run(model, output_dir)
+        except ValueError as error:
+            if isinstance(error, (EvaluationError, ConfigError)):
+                raise
+            raise EvaluationError(f"{type(evaluator).__name__}: {error}") from error
 
 
 def map_dataset(
