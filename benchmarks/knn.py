@@ -6,9 +6,9 @@
 Both sides get the same unit rows and labels in memory and give top-1 and top-5 for k = 10, 20, 100, 200. The official
 side classifies for each k anew, as the official script does, in chunks of as many rows as it has there (a hundredth of
 all test images: 100 of CIFAR's, 500 of ImageNet's); and, as a harder rival, with one search for all k. The sides take
-turns, and the medians of the passes are shown: milliseconds of the clock for a test image, and PyTorch's as a multiple
-of passl's: above 1 passl is faster. The largest difference of a rate, in percent, must be that of a few images whose
-votes differ by rounding only.
+turns, and the medians of the passes are shown: milliseconds for a test image (with one thread of processor time, which
+other programs disturb less), and PyTorch's as a multiple of passl's: above 1 passl is faster. The largest difference of
+a rate, in percent, must be that of a few images whose votes differ by rounding only.
 
 Needs PyTorch in the same environment; without it only passl is measured.
 """
@@ -112,13 +112,14 @@ def measure(name: str, threads: int, repeats: int) -> str:
         sides["once"] = torch_side(data, threads, once=True)
     except ModuleNotFoundError:
         pass
+    clock = time.process_time if threads == 1 else time.perf_counter
     seconds: dict[str, list[float]] = {side: [] for side in sides}
     found: dict[str, Rates] = {}
     for _ in range(repeats):
         for side, rates in sides.items():
-            start = time.perf_counter()
+            start = clock()
             found[side] = rates()
-            seconds[side].append(time.perf_counter() - start)
+            seconds[side].append(clock() - start)
     train_rows, test_rows, width, classes = SETS[name]
     medians = {side: 1000 * statistics.median(values) / test_rows for side, values in seconds.items()}
     row = f"{name:<10}{train_rows:>9}{width:>7}{classes:>9}{medians['passl']:>10.3f}"
@@ -142,8 +143,9 @@ def main() -> int:
     if options.rows:
         SETS.update({name: (options.rows, min(20, shape[1]), *shape[2:]) for name, shape in SETS.items()})
     print(f"{options.threads} threads, {options.repeats} passes of each side; ms for a test image", flush=True)
-    head = f"{'':<10}{'train':>9}{'width':>7}{'classes':>9}{'passl':>10}{'torch':>10}{'ratio':>7}{'one mm':>10}{'ratio':>7}"
-    print(f"{head}{'apart, %':>9}", flush=True)
+    columns = (("", 10), ("train", 9), ("width", 7), ("classes", 9), ("passl", 10), ("torch", 10), ("ratio", 7))
+    columns += (("one mm", 10), ("ratio", 7), ("apart, %", 9))
+    print("".join(f"{name:>{width}}" for name, width in columns), flush=True)
     for name in options.sets:
         print(measure(name, options.threads, options.repeats), flush=True)
     return 0

@@ -20,3 +20,11 @@ def test_multi_crop(images: list[str]) -> None:
     rows = {line[:22].strip() for line in lines}
     assert {"all", "decode", "draw", "crop", "colour", "blur", "pack"} <= rows
     assert "official" in output  # measured, or said to be absent
+
+
+def test_knn() -> None:
+    command = [sys.executable, str(BENCHMARKS / "knn.py"), "--rows", "500", "--repeats", "1", "--sets", "small", "base"]
+    output = subprocess.run([*command, "--threads", "1"], check=True, capture_output=True, text=True).stdout
+    lines = output.splitlines()
+    assert lines[0] == "1 threads, 1 passes of each side; ms for a test image"
+    assert [line.split()[:2] for line in lines[2:]] == [["small", "500"], ["base", "500"]]
