@@ -69,7 +69,8 @@ def test_all_kinds_of_class_folders(images, layer):
     assert sorted(path.name for path in out.iterdir()) == ["cls.npy", "index.csv", "mean.npy", "patch.npy"]
     rows = index_of(out)
     assert rows[7] == {"path": "class1/3.png", "label": "1", "class": "class1", "row": "7"}
-    assert len(rows) == 14 and "class1/2.png" not in {row["path"] for row in rows}
+    assert len(rows) == 14
+    assert "class1/2.png" not in {row["path"] for row in rows}
     batch, model = inputs([images / "train" / row["path"] for row in rows]), network()
     model.blocks = model.blocks[: layer % 2 + 1]
     with paddle.no_grad():
@@ -77,7 +78,8 @@ def test_all_kinds_of_class_folders(images, layer):
     expected["mean"] = expected["patch"].mean(axis=[1, 2])
     for kind, values in expected.items():
         found = np.load(out / f"{kind}.npy", mmap_mode="r")
-        assert found.dtype == np.float32 and found.flags.c_contiguous
+        assert found.dtype == np.float32
+        assert found.flags.c_contiguous
         np.testing.assert_allclose(found, values.numpy(), atol=1e-5)
     assert expected["patch"].shape == [14, 2, 2, 6]
 

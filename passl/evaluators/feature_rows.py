@@ -41,8 +41,8 @@ def image_features(model: nn.Layer, images: Tensor, what: Sequence[str], layer: 
     """Features of images [B, C, H, W], by one pass where the network is a vision transformer.
 
     Args:
-        what: cls, the output of the network [B, D], which is a transformer's normalised [CLS]; patch [B, h, w, D]; mean,
-            that of the patches [B, D].
+        what: cls, the output of the network [B, D], which is a transformer's normalised [CLS]; patch [B, h, w, D];
+            mean, that of the patches [B, D].
         layer: number of the block, from 0; negative from the end.
 
     Raises:
@@ -235,7 +235,7 @@ class _RowFiles:
 
     def join(self) -> None:
         """Append the other processes' rows to those of this one, the first, and give the files their names."""
-        for kind, target in self.targets.items():
+        for kind in self.targets:
             whole = self._files[kind]
             for rank in range(1, distributed.world_size()):
                 with self._partial(kind, rank).open("rb") as part:

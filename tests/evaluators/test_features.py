@@ -74,7 +74,8 @@ def test_kinds_have_files_of_their_own(images):
     several = Features(dataset, what=["mean", "patch"], layer=0, dtype="float16", batch_size=2)
     assert evaluate(several, model, images) == {"features_rows": 9, "features_width": 6}
     mean, patch = (np.load(images / f"features.{kind}.npy") for kind in ("mean", "patch"))
-    assert patch.shape == (9, 2, 2, 6) and patch.dtype == mean.dtype == np.float16
+    assert patch.shape == (9, 2, 2, 6)
+    assert patch.dtype == mean.dtype == np.float16
     np.testing.assert_allclose(patch.astype(np.float32).mean((1, 2)), mean, atol=2e-3)
     assert len(list(csv.DictReader((images / "features.csv").open()))) == 9
 
@@ -104,7 +105,8 @@ def test_memory_does_not_grow_with_the_rows(tmp_path):
     finally:
         tracemalloc.stop()
     rows = np.load(tmp_path / "features.npy", mmap_mode="r")
-    assert rows.shape == (400, 8, 8, 256) and (rows[:, 3, 4, 5] == np.arange(400)).all()
+    assert rows.shape == (400, 8, 8, 256)
+    assert (rows[:, 3, 4, 5] == np.arange(400)).all()
     assert peak < rows.nbytes / 4
 
 

@@ -12,9 +12,8 @@ from PIL import Image
 from passl.data.datasets import ImageList
 from passl.data.samples import Samples
 from passl.data.transforms import ToTensor
-from passl.evaluators import KNN, Classification, evaluate, knn_classify
+from passl.evaluators import KNN, Classification, evaluate, knn_classify, neighbours
 from passl.evaluators import knn as knn_module
-from passl.evaluators import neighbours
 from passl.evaluators.classification import accuracy
 from passl.evaluators.knn import normalize
 from passl.models import Method
