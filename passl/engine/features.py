@@ -83,8 +83,6 @@ def extract(config: Config, options: FeatureOptions) -> tuple[int, dict[Path, tu
             )
         except ValueError as error:
             raise EvaluationError(f"features: {error}") from error
-    if count < len(dataset):
-        logger.warning("%d of %d images could not be read and are left out", len(dataset) - count, len(dataset))
     return count, {targets[kind]: shape for kind, shape in shapes.items()} if distributed.is_main() else {}
 
 

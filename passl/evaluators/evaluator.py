@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Callable
@@ -15,6 +16,8 @@ from passl import distributed
 from passl.config import ConfigError
 from passl.data.loader import EpochSampler, Loader
 from passl.models.method import Method
+
+logger = logging.getLogger("passl")
 
 
 class EvaluationError(ValueError):
@@ -88,7 +91,14 @@ def map_dataset(
     gathered = [distributed.gather_rows(np.concatenate(parts)) for parts in (rows, labels, indices)]
     # Processes get equal shares, so a few images at the end may come twice.
     _, first = np.unique(gathered[2], return_index=True)
+    warn_of_missing(title, len(first), len(dataset))
     return gathered[0][first], gathered[1][first], gathered[2][first]
+
+
+def warn_of_missing(title: str, count: int, length: int) -> None:
+    """Says how many of ``length`` images are not among the ``count`` that were read."""
+    if count < length:
+        logger.warning("%s: %d of %d images cannot be read and are left out", title, length - count, length)
 
 
 def _batches(dataset: Any, batch_size: int, title: str, loading: dict[str, Any]) -> Iterator[dict[str, Any]]:

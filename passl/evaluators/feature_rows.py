@@ -21,6 +21,7 @@ from tqdm import tqdm
 from passl import distributed
 from passl.data.loader import Loader
 from passl.data.samples import Samples
+from passl.evaluators.evaluator import warn_of_missing
 from passl.evaluators.names import relative_names
 from passl.formats.atomic import replacing
 from passl.models.tokens import patch_features
@@ -106,13 +107,14 @@ def write_rows(
     share = _Share(len(dataset), batch_size, distributed.rank(), distributed.world_size())
     loader = Loader(dataset, share, num_workers)
     kept: list[int] = []
+    title = "features" if numbered else index.stem
     problem = None
     if distributed.is_main():
         index.parent.mkdir(parents=True, exist_ok=True)
     distributed.barrier()
     with _RowFiles(targets, dtype) as files:
         try:
-            for wanted, batch in _batches(loader, share, index.stem):
+            for wanted, batch in _batches(loader, share, title):
                 # A sample that cannot be read is another one in the batch.
                 places = np.flatnonzero(np.asarray(batch["index"]) == wanted)
                 if len(places):
@@ -125,6 +127,7 @@ def write_rows(
         _agree(problem)
         loader.share_bad_samples(distributed.gather_objects)
         numbers = distributed.gather_rows(np.asarray(kept, np.int64))
+        warn_of_missing(title, len(numbers), len(dataset))
         shapes = files.shapes()
         if distributed.is_main():
             index.unlink(missing_ok=True)
