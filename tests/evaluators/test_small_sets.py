@@ -94,7 +94,7 @@ def test_numbers(tmp_path, name, case, capfd):
     log = (tmp_path / "out/run/eval.log").read_text()
     bad = [f"{label}/{i}.png" for label, files in classes.items() for i, is_image in enumerate(files) if not is_image]
     assert all(f"/val/{path}" in log for path in bad)
-    assert ("left out" in log) == bool(bad)
+    assert (", 0 left out" not in log and "left out" in log) == bool(bad)
     if name == "KNN":  # the validation images are among the training images
         assert results["knn_top1_k1"] == results["knn_top5_k20"] == 100.0
         assert f"only {readable} training images: a larger k uses them all" in log
