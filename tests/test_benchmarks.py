@@ -36,3 +36,11 @@ def test_label_propagation() -> None:
     output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     assert "4x6 patches of width 8" in output
     assert "official" in output  # measured, or said to be absent
+
+
+def test_knn() -> None:
+    command = [sys.executable, str(BENCHMARKS / "knn.py"), "--rows", "500", "--repeats", "1", "--sets", "small", "base"]
+    output = subprocess.run([*command, "--threads", "1"], check=True, capture_output=True, text=True).stdout
+    lines = output.splitlines()
+    assert lines[0] == "1 threads, 1 passes of each side; ms for a test image"
+    assert [line.split()[:2] for line in lines[2:]] == [["small", "500"], ["base", "500"]]

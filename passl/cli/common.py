@@ -44,10 +44,12 @@ def guarded(function: object, *arguments: object) -> None:
     from passl.engine.folder_lock import FolderInUseError
     from passl.engine.interruption import Interrupted
     from passl.engine.non_finite import NonFiniteLossError
+    from passl.evaluators.evaluator import EvaluationError
     from passl.exported import ExportError
 
     of_the_user = (
-        CheckpointError, BadSamplesError, ExportError, FolderInUseError, NonFiniteLossError, WorkerDiedError, OSError,
+        CheckpointError, BadSamplesError, EvaluationError, ExportError, FolderInUseError, NonFiniteLossError,
+        WorkerDiedError, OSError,
     )  # fmt: skip
 
     try:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Optional
 
 from passl.cli.common import CONFIG_ERROR, end_with_the_launcher, guarded, import_paddle, new_parser, stop
+from passl.cli.features import features_main
 
 _TRAIN_HELP = """\
 Train what a configuration describes: DINO pre-training, or a linear probe on a frozen backbone.
@@ -27,6 +28,8 @@ Score frozen weights, or write their features, with the evaluators of a configur
 RegionExtraction (docs/data.md).
 
   passl-eval -c configs/demo/knn.yaml -o Global.pretrained_model=output/DINO/latest
+  passl-eval features --images photos/ --pretrained_model output/DINO/latest --out features/
+                                                        features as .npy, without a configuration: features --help
 """
 
 
@@ -36,7 +39,11 @@ def train_main(arguments: Optional[Sequence[str]] = None) -> None:
 
 
 def eval_main(arguments: Optional[Sequence[str]] = None) -> None:
-    """``passl-eval``"""
+    """``passl-eval``, and ``passl-eval features``"""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments[:1] == ["features"]:
+        features_main(arguments[1:])
+        return
     _run(_config_parser("passl-eval", _EVAL_HELP).parse_args(arguments), training=False)
 
 

@@ -242,9 +242,29 @@ def evaluators(config: Config, subject: nn.Layer) -> list[Evaluator]:
     problems = [
         f"{where}: {problem}" for where, evaluator in found.items() for problem in _unmeasurable(evaluator, subject)
     ]
+    problems += _collisions(found)
     if problems:
         raise ConfigError(problems)
     return list(found.values())
+
+
+def _collisions(found: Mapping[str, Evaluator]) -> list[str]:
+    """Results of two evaluators with one name, of which one would be lost."""
+    owner: dict[str, str] = {}
+    problems = []
+    for where, evaluator in found.items():
+        taken = [name for name in evaluator.result_names() if name in owner]
+        if taken:
+            remedy = "measure them with configurations of their own"
+            for argument in ("prefix", "file"):
+                if hasattr(evaluator, argument):
+                    remedy = f"give one another {argument}, -o {where}.{argument}=NAME"
+            problems.append(
+                f"{where}: {type(evaluator).__name__} gives {taken[0]!r}, as {owner[taken[0]]} does, and one of the "
+                f"two would be lost: {remedy}"
+            )
+        owner.update(dict.fromkeys(evaluator.result_names(), where))
+    return problems
 
 
 def _unmeasurable(evaluator: Evaluator, subject: nn.Layer) -> list[str]:

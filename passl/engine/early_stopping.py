@@ -98,4 +98,6 @@ def _missing(evaluator: KNN) -> list[str]:
         changes.append(f"k: {[*evaluator.k, K]}")
     if evaluator.temperature != TEMPERATURE:
         changes.append(f"temperature: {TEMPERATURE}")
+    if evaluator.prefix:
+        changes.append("no prefix")
     return changes

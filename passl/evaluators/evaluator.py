@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Callable
@@ -12,8 +13,15 @@ from paddle import nn
 from tqdm import tqdm
 
 from passl import distributed
+from passl.config import ConfigError
 from passl.data.loader import EpochSampler, Loader
 from passl.models.method import Method
+
+logger = logging.getLogger("passl")
+
+
+class EvaluationError(ValueError):
+    """Data or weights that an evaluator cannot measure."""
 
 
 class Evaluator:
@@ -30,6 +38,10 @@ class Evaluator:
     models: Sequence[str] = ("teacher",)
     key_metric = ""
 
+    def result_names(self) -> Sequence[str]:
+        """Those of the results of :meth:`run` whose names are known before it: no other evaluator may have them too."""
+        return [self.key_metric] if self.key_metric else []
+
     def run(self, model: nn.Layer, output_dir: Path) -> dict[str, float]:
         """Measure ``model`` (in eval mode by now); files, if any, go to ``output_dir``."""
         raise NotImplementedError
@@ -41,11 +53,20 @@ def backbones_of(model: nn.Layer) -> dict[str, nn.Layer]:
 
 
 def evaluate(evaluator: Evaluator, method: nn.Layer, output_dir: Path) -> dict[str, float]:
-    """Run ``evaluator`` on the part of ``method`` it wants, in eval mode and without gradients."""
+    """Run ``evaluator`` on the part of ``method`` it wants, in eval mode and without gradients.
+
+    Raises:
+        EvaluationError: it cannot measure this; the text begins with its name.
+    """
     model = getattr(method, "backbone", method) if evaluator.subject == "backbone" else method
     model.eval()
     with paddle.no_grad():
-        return evaluator.run(model, output_dir)
+        try:
+            return evaluator.run(model, output_dir)
+        except ValueError as error:
+            if isinstance(error, (EvaluationError, ConfigError)):
+                raise
+            raise EvaluationError(f"{type(evaluator).__name__}: {error}") from error
 
 
 def map_dataset(
@@ -70,7 +91,14 @@ def map_dataset(
     gathered = [distributed.gather_rows(np.concatenate(parts)) for parts in (rows, labels, indices)]
     # Processes get equal shares, so a few images at the end may come twice.
     _, first = np.unique(gathered[2], return_index=True)
+    warn_of_missing(title, len(first), len(dataset))
     return gathered[0][first], gathered[1][first], gathered[2][first]
+
+
+def warn_of_missing(title: str, count: int, length: int) -> None:
+    """Says how many of ``length`` images are not among the ``count`` that were read."""
+    if count < length:
+        logger.warning("%s: %d of %d images cannot be read and are left out", title, length - count, length)
 
 
 def _batches(dataset: Any, batch_size: int, title: str, loading: dict[str, Any]) -> Iterator[dict[str, Any]]:

@@ -5,6 +5,7 @@ protocol).
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -13,14 +14,17 @@ import numpy as np
 import paddle
 from paddle import nn
 
+from passl import distributed
 from passl.evaluators.classification import check_batches, count_hits
 from passl.evaluators.evaluator import Evaluator, backbones_of, map_dataset
+from passl.evaluators.neighbours import nearest
 from passl.registry import EVALUATORS
 
 logger = logging.getLogger("passl")
 
-_CHUNK_ELEMENTS = 1 << 25  # numbers held at a time: 128 MB of float32
+_CHUNK_ELEMENTS = 1 << 22  # votes held at a time: 32 MB
 _MAX_CLASSES = 1 << 20
+_TOPS = (1, 5)
 _PREFIXES = {"teacher": "", "student": "student_"}  # of the names of results
 
 
@@ -34,6 +38,8 @@ class KNN(Evaluator):
         temperature: of the votes ``exp(similarity / temperature)``.
         models: whose features: the teacher's (or those of the only backbone), named ``knn_top1_k20`` and so on, and the
             student's, ``student_knn_top1_k20``. Each image is loaded once for both.
+        prefix: of all these names: ``cifar10`` makes ``cifar10_knn_top1_k20`` of them, so that one configuration can
+            have several KNN.
     """
 
     subject = "backbones"
@@ -47,6 +53,7 @@ class KNN(Evaluator):
         batch_size: int = 64,
         num_workers: int = 0,
         models: Sequence[Literal["teacher", "student"]] = ("teacher",),
+        prefix: str = "",
     ) -> None:
         for name, dataset in (("train_dataset", train_dataset), ("val_dataset", val_dataset)):
             if dataset.labels is None:
@@ -58,6 +65,8 @@ class KNN(Evaluator):
                 raise ValueError(f"KNN needs labels from 0, and {unlabelled} of {name} are below")
         _check(k, temperature)
         _check_models(models)
+        if prefix and not re.fullmatch(r"[\w.-]+", prefix):
+            raise ValueError(f"prefix ({prefix!r}) must be letters, digits, '_', '.' and '-', such as cifar10")
         check_batches(batch_size, num_workers)
         _check_classes(train_dataset, val_dataset)
         self.train_dataset = train_dataset
@@ -67,8 +76,19 @@ class KNN(Evaluator):
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.models = tuple(dict.fromkeys(models))
+        self.prefix = prefix
         first = "teacher" if "teacher" in models else self.models[0]
-        self.key_metric = f"{_PREFIXES[first]}knn_top1_k{20 if 20 in self.k else self.k[0]}"
+        self.key_metric = f"{self._start(first)}knn_top1_k{20 if 20 in self.k else self.k[0]}"
+
+    def result_names(self) -> list[str]:
+        return [self._start(model) + name for model in self.models for name in self._names()]
+
+    def _names(self) -> list[str]:
+        return [f"knn_top{top}_k{k}" for k in self.k for top in _TOPS]
+
+    def _start(self, model: str) -> str:
+        """What the names of the results of ``model`` begin with."""
+        return (f"{self.prefix}_" if self.prefix else "") + _PREFIXES[model]
 
     def run(self, model: nn.Layer, output_dir: Path) -> dict[str, float]:
         named = backbones_of(model)
@@ -83,17 +103,24 @@ class KNN(Evaluator):
             # One model's copy at a time: votes need rows that are whole in memory.
             arrays = np.ascontiguousarray(train_rows), np.ascontiguousarray(val_rows)
             rates = self._rates(arrays[0], train_labels, arrays[1], val_labels)
-            results.update({_PREFIXES[name] + key: rate for key, rate in rates.items()})
+            results.update({self._start(name) + key: rate for key, rate in rates.items()})
         return results
 
     def _rates(
         self, train: np.ndarray, train_labels: np.ndarray, val: np.ndarray, val_labels: np.ndarray
     ) -> dict[str, float]:
-        hits = {f"knn_top{top}_k{k}": 0 for k in self.k for top in (1, 5)}
-        for k, start, votes in knn_votes(train, train_labels, val, self.k, self.temperature):
-            for top in (1, 5):
-                hits[f"knn_top{top}_k{k}"] += count_hits(votes, val_labels[start : start + len(votes)], top)
-        return {name: 100.0 * (count / len(val)) for name, count in hits.items()}
+        """Each process counts the votes for its share of the validation rows."""
+        _check_sets(train, train_labels, val)  # whole: an error of one process must be one of all
+        share = np.array_split(np.arange(len(val)), distributed.world_size())[distributed.rank()]
+        hits = dict.fromkeys(self._names(), 0)
+        if len(share):
+            val, val_labels = val[share[0] : share[-1] + 1], val_labels[share[0] : share[-1] + 1]
+            for k, start, votes in knn_votes(train, train_labels, val, self.k, self.temperature):
+                for top in _TOPS:
+                    hits[f"knn_top{top}_k{k}"] += count_hits(votes, val_labels[start : start + len(votes)], top)
+        counted = distributed.gather_objects((hits, len(share)))
+        total = sum(rows for _, rows in counted)
+        return {name: 100.0 * (sum(part[name] for part, _ in counted) / total) for name in hits}
 
     def _features(self, backbones: Sequence[nn.Layer], dataset: Any, title: str) -> tuple[list[np.ndarray], np.ndarray]:
         """Those of each of ``backbones``, of rows of length 1, and the labels."""
@@ -151,29 +178,19 @@ def knn_votes(
             that is negative or too large to have a column of votes for each class up to it.
     """
     _check(k, temperature)
-    if not len(train) or not len(test):
-        raise ValueError(f"k-NN needs images: {len(train)} train, {len(test)} test")
-    if train_labels.min() < 0:
-        raise ValueError("k-NN needs a label for every training image")
-    _check_finite(train, test)
+    _check_sets(train, train_labels, test)
     num_classes = int(train_labels.max()) + 1
-    if num_classes > max(_MAX_CLASSES, len(train)):
-        raise ValueError(
-            f"the largest training label ({num_classes - 1}) would need as many columns of votes: number the classes "
-            "from 0 without gaps"
-        )
-    most = min(max(k), len(train))
-    memory = paddle.to_tensor(train)
-    # In float32s: similarities; votes, their negatives and order; neighbours, their weights and cells.
-    chunk = max(1, _CHUNK_ELEMENTS // (len(train) + 6 * num_classes + 12 * most))
-    for start in range(0, len(test), chunk):
-        rows = paddle.to_tensor(test[start : start + chunk])
-        similarity, neighbours = paddle.topk(paddle.matmul(rows, memory, transpose_y=True), most, axis=1)
-        weights = np.exp(similarity.numpy().astype(np.float64) / temperature)
-        cells = np.arange(len(rows))[:, None] * num_classes + train_labels[neighbours.numpy()]
-        for size in k:
-            counted = np.bincount(cells[:, :size].ravel(), weights[:, :size].ravel(), len(rows) * num_classes)
-            yield size, start, counted.reshape(len(rows), num_classes)
+    for start, similarity, neighbours in nearest(train, test, min(max(k), len(train))):
+        weights = np.exp(similarity.astype(np.float64) / temperature)
+        # A part of the rows at a time: there may be as many classes as training images.
+        step = max(1, _CHUNK_ELEMENTS // num_classes)
+        for first in range(0, len(weights), step):
+            part = slice(first, first + step)
+            count = len(weights[part])
+            cells = np.arange(count)[:, None] * num_classes + train_labels[neighbours[part]]
+            for size in k:
+                votes = np.bincount(cells[:, :size].ravel(), weights[part, :size].ravel(), count * num_classes)
+                yield size, start + first, votes.reshape(count, num_classes)
 
 
 def _renumbered(train_labels: np.ndarray, val_labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -193,6 +210,20 @@ def _check(k: Sequence[int], temperature: float) -> None:
         raise ValueError(f"k ({list(k)}) must be one or more numbers above 0")
     if not temperature > 0:  # also NaN
         raise ValueError(f"temperature ({temperature}) must be positive")
+
+
+def _check_sets(train: np.ndarray, train_labels: np.ndarray, test: np.ndarray) -> None:
+    if not len(train) or not len(test):
+        raise ValueError(f"k-NN needs images: {len(train)} train, {len(test)} test")
+    if train_labels.min() < 0:
+        raise ValueError("k-NN needs a label for every training image")
+    _check_finite(train, test)
+    num_classes = int(train_labels.max()) + 1
+    if num_classes > max(_MAX_CLASSES, len(train)):
+        raise ValueError(
+            f"the largest training label ({num_classes - 1}) would need as many columns of votes: number the classes "
+            "from 0 without gaps"
+        )
 
 
 def _check_finite(train: np.ndarray, test: np.ndarray) -> None:

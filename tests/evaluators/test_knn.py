@@ -12,7 +12,7 @@ from PIL import Image
 from passl.data.datasets import ImageList
 from passl.data.samples import Samples
 from passl.data.transforms import ToTensor
-from passl.evaluators import KNN, Classification, evaluate, knn_classify
+from passl.evaluators import KNN, Classification, evaluate, knn_classify, neighbours
 from passl.evaluators import knn as knn_module
 from passl.evaluators.classification import accuracy
 from passl.evaluators.knn import normalize
@@ -72,7 +72,9 @@ def test_chunks_do_not_matter(reference, monkeypatch):
     recorded = np.load(reference / "knn.npz")
     case = cases(recorded)[0]
     whole = classify(recorded, case, [20])[20]
-    monkeypatch.setattr(knn_module, "_CHUNK_ELEMENTS", 7 * len(recorded[f"{case}/train_labels"]))
+    monkeypatch.setattr(knn_module, "_CHUNK_ELEMENTS", 50)
+    monkeypatch.setattr(neighbours, "_MOST_ROWS", 7)
+    monkeypatch.setattr(neighbours, "_BLOCK", 23)
     np.testing.assert_allclose(classify(recorded, case, [20])[20], whole, rtol=1e-4)
 
 
@@ -106,6 +108,44 @@ def test_wrong_arguments(change, text):
         knn_classify(**{**arguments, **change})
 
 
+# --- the search ---
+
+
+def by_sorting(train, rows, count):
+    """Of equal products the earlier row."""
+    products = rows @ train.T
+    order = np.argsort(-products, axis=1, kind="stable")[:, :count]
+    return np.take_along_axis(products, order, axis=1), order
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("search", [neighbours._by_numpy, neighbours._by_paddle])
+@pytest.mark.parametrize("count", [1, 5, 60, 900])
+@pytest.mark.parametrize("block", [50, 128, 1000])
+def test_neighbours_are_those_of_a_whole_sort(search, count, block):
+    rng = np.random.default_rng(count)
+    # Whole numbers: products are exact, and many are equal.
+    train, rows = (rng.integers(-2, 3, (size, 6)).astype(np.float32) for size in (900, 33))
+    # In the order of their likeness to the first row, best last: every block replaces what was found before.
+    train = train[np.argsort(train @ rows[0], kind="stable")]
+    if search is neighbours._by_paddle:
+        train += rng.standard_normal(train.shape).astype(np.float32)  # topk has no order of equals
+    values, indices = search(train, rows, count, block)
+    expected, order = by_sorting(train, rows, count)
+    np.testing.assert_allclose(values, expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(indices, order)
+
+
+@pytest.mark.parametrize("value", [0.0, 0.25])
+def test_all_equal_rows_are_taken_in_their_order(value, monkeypatch):
+    monkeypatch.setattr(neighbours, "_BLOCK", 64)
+    train = np.full((500, 4), value, np.float32)
+    for start, values, indices in neighbours.nearest(train, train[:7], 20):
+        assert start == 0
+        np.testing.assert_array_equal(indices, np.tile(np.arange(20), (7, 1)))
+        np.testing.assert_array_equal(values, np.full((7, 20), 4 * value * value))
+
+
 # --- the evaluators ---
 
 
@@ -132,12 +172,41 @@ def test_rates_are_those_of_all_votes_at_once(monkeypatch):
     train, val = unit_rows(rng, 300), unit_rows(rng, 101)
     train_labels, val_labels = rng.integers(0, 12, 300), rng.integers(0, 12, 101)
     expected = knn_classify(train, train_labels, val, [50, 90])
-    monkeypatch.setattr(knn_module, "_CHUNK_ELEMENTS", 10_000)  # 7 rows
+    monkeypatch.setattr(neighbours, "_MOST_ROWS", 7)
     found = results(monkeypatch, train, train_labels, val, val_labels, k=[50, 90, 50])
     assert len(found) == 4
     for k, votes in expected.items():
         for top in (1, 5):
             assert found[f"knn_top{top}_k{k}"] == pytest.approx(accuracy(votes, val_labels, top), rel=1e-12)
+
+
+def test_a_prefix_sets_results_apart(monkeypatch):
+    rng = np.random.default_rng(0)
+    train, val, labels = unit_rows(rng, 30), unit_rows(rng, 11), rng.integers(0, 3, 30)
+    plain = results(monkeypatch, train, labels, val, labels[:11], k=[5])
+    named = results(monkeypatch, train, labels, val, labels[:11], k=[5], prefix="cifar10")
+    assert named == {f"cifar10_{name}": rate for name, rate in plain.items()}
+    evaluator = KNN(dataset(labels), dataset(labels), k=[5], prefix="cifar10", models=["student"])
+    assert evaluator.key_metric == "cifar10_student_knn_top1_k5"
+    assert evaluator.result_names() == ["cifar10_student_knn_top1_k5", "cifar10_student_knn_top5_k5"]
+
+
+def test_each_process_votes_for_its_share(monkeypatch):
+    """Three processes, played one after the other."""
+    rng = np.random.default_rng(0)
+    train, val = unit_rows(rng, 60), unit_rows(rng, 11)
+    labels, val_labels = rng.integers(0, 3, 60), rng.integers(0, 3, 11)
+    expected = results(monkeypatch, train, labels, val, val_labels, k=[5, 20])
+    said, voted = [], []
+    votes = knn_module.knn_votes
+    monkeypatch.setattr(knn_module, "knn_votes", lambda *args: voted.append(len(args[2])) or votes(*args))
+    monkeypatch.setattr(knn_module.distributed, "world_size", lambda: 3)
+    monkeypatch.setattr(knn_module.distributed, "gather_objects", lambda value: said.append(value) or said)
+    for rank in range(3):
+        monkeypatch.setattr(knn_module.distributed, "rank", lambda rank=rank: rank)
+        found = results(monkeypatch, train, labels, val, val_labels, k=[5, 20])
+    assert found == pytest.approx(expected, rel=1e-12)
+    assert voted == [4, 4, 3]
 
 
 class Pair(Method):
@@ -185,7 +254,8 @@ def test_teacher_and_student_are_measured_on_one_pass(tmp_path):
 def test_memory_does_not_grow_with_test_rows_and_classes(monkeypatch):
     rng = np.random.default_rng(0)
     train, val = unit_rows(rng, 1000), unit_rows(rng, 4000)
-    monkeypatch.setattr(knn_module, "_CHUNK_ELEMENTS", 1 << 18)
+    monkeypatch.setattr(knn_module, "_CHUNK_ELEMENTS", 1 << 16)
+    monkeypatch.setattr(neighbours, "_MOST_ROWS", 100)
     tracemalloc.start()
     try:
         results(monkeypatch, train, np.arange(1000), val, np.arange(4000) % 1000, k=[10, 20])
@@ -252,6 +322,7 @@ WRONG_BATCHES = [
         *WRONG_BATCHES,
         ({"k": [20, 0]}, r"k \(\[20, 0\]\) must be"),
         ({"k": []}, r"k \(\[\]\) must be"),
+        ({"prefix": "a/b"}, r"prefix \('a/b'\) must be letters, digits"),
         ({"models": []}, r"models \(\[\]\) must be one or more of teacher, student"),
         ({"models": ["teachers"]}, r"models \(\['teachers'\]\) must be"),
         ({"temperature": 0}, r"temperature \(0\) must be positive"),
