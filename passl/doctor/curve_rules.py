@@ -127,7 +127,7 @@ def one_hot(run: Run) -> Optional[Finding]:
 
 
 def jumps(run: Run) -> Optional[Finding]:
-    """The loss leaps up, and stays up or leaps again. That of a probe, at rates that are usual for it, may come down."""
+    """The loss leaps up, and stays up or leaps again. That of a probe at usual rates may come down."""
     losses = [row["loss"] for row in run.curve]
     if len(losses) < 4:
         return None
