@@ -58,7 +58,7 @@ def project(
         # From a line neither method finds the second dimension, and UMAP divides by its spread.
         start[:, 1] = np.random.default_rng(seed).normal(size=count)
     run = _tsne if method == "tsne" else _umap
-    with _two_threads(), warnings.catch_warnings():
+    with _one_thread(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         points = run(features, start, seed, perplexity)
     return np.ascontiguousarray(points, np.float32)
@@ -86,11 +86,11 @@ def _checked(features: np.ndarray) -> np.ndarray:
     return features
 
 
-def _two_threads() -> object:
-    """Sums of two threads are the same whichever comes first, those of more are not, and t-SNE makes much of a last
-    digit. Two also where there is one core: the same map everywhere.
+def _one_thread() -> object:
+    """Sums of several threads come in any order, and t-SNE makes much of a last digit. Besides, its threads wait for
+    each other with all their might: on cores that others use too, two took thirty times as long as one.
     """
-    return require("threadpoolctl", "viz").threadpool_limits(2)
+    return require("threadpoolctl", "viz").threadpool_limits(1)
 
 
 def _tsne(features: np.ndarray, start: np.ndarray, seed: int, perplexity: Optional[float]) -> np.ndarray:

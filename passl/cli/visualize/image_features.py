@@ -17,7 +17,7 @@ from passl.config import ConfigError
 from passl.data.image_io import AnyImage, UnreadableImageError, read_source, reduce_to_8_bit
 from passl.predict import Picture, SourceError, find_files, pictures, predict
 
-SIDE = 96  # pixels of the longer side of a thumbnail
+SIDE = 128  # pixels of the longer side of a thumbnail
 _SIDE = 224  # of the square that a network sees
 _SHOWN = 5  # names in an error
 
