@@ -88,7 +88,7 @@ def _checked(features: np.ndarray) -> np.ndarray:
 
 def _one_thread() -> object:
     """Sums of several threads come in any order, and t-SNE makes much of a last digit. Besides, its threads wait for
-    each other with all their might: on cores that others use too, two took thirty times as long as one.
+    each other with all their might: on cores that others use too, two took several times as long as one.
     """
     return require("threadpoolctl", "viz").threadpool_limits(1)
 
