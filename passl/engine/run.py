@@ -6,6 +6,7 @@ import contextlib
 import functools
 import json
 import logging
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Optional
@@ -282,7 +283,9 @@ def evaluate_config(config: Config, source: Config) -> dict[str, float]:
     if distributed.is_main():
         folder.mkdir(parents=True, exist_ok=True)
         target = folder / "eval.json"
-        target.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        # NaN, a number that could not be measured, is no JSON.
+        known = {name: value if math.isfinite(value) else None for name, value in results.items()}
+        target.write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
         (folder / "eval_config.yaml").write_text(to_yaml(source), encoding="utf-8")
         logger.info("written to %s", target)
         if settings.report:
