@@ -136,6 +136,18 @@ def test_errors(images, capfd, monkeypatch, change, code, text):
     assert not (images / "out/cls.npy").exists()
 
 
+def test_a_second_run_into_one_folder(images, capfd):
+    out = images / "out"
+    features("--images", images / "val", "--out", out, "--what", "cls,patch")
+    (out / "patch.npy.3.partial").write_bytes(b"left by a killed run")
+    features("--images", images / "val", "--out", out, "--what", "mean")
+    assert sorted(path.name for path in out.iterdir()) == ["cls.npy", "index.csv", "mean.npy", "patch.npy"]
+    features("--images", images / "train", "--out", out, "--what", "cls")
+    assert sorted(path.name for path in out.iterdir()) == ["cls.npy", "index.csv"]
+    assert "patch.npy is removed: it has the rows of other images" in capfd.readouterr().err
+    assert len(np.load(out / "cls.npy")) == len(index_of(out)) == 15
+
+
 @pytest.mark.parametrize("count", [1, 2])
 def test_one_and_two_images(images, count):
     paths = sorted((images / "val").rglob("*.png"))[:count]

@@ -18,7 +18,7 @@ from passl.data.datasets import ImageFiles, ImageFolder, ImageList
 from passl.engine import subject
 from passl.engine.folder_lock import FolderInUseError, FolderLock
 from passl.evaluators.evaluator import EvaluationError
-from passl.evaluators.feature_rows import write_rows
+from passl.evaluators.feature_rows import KINDS, write_rows
 from passl.predict import SourceError, find_files
 
 logger = logging.getLogger("passl")
@@ -80,6 +80,7 @@ def extract(config: Config, options: FeatureOptions) -> tuple[int, dict[Path, tu
                 options.batch_size,
                 options.num_workers,
                 numbered=True,
+                others=[folder / f"{kind}.npy" for kind in KINDS if kind not in options.what],
             )
         except ValueError as error:
             raise EvaluationError(f"features: {error}") from error
@@ -97,6 +98,9 @@ def _locked(folder: Path) -> Any:
                 raise FolderInUseError(
                     f"another run writes to {folder}: wait for its end, or give another folder as --out"
                 ) from None
+            for name in ("index.csv", *(f"{kind}.npy" for kind in KINDS)):
+                for left in folder.glob(f"{name}.*.partial"):  # by a killed run
+                    left.unlink()
         yield
 
 

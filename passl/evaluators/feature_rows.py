@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import glob
 import io
+import logging
 import os
 import shutil
 import struct
@@ -26,6 +27,8 @@ from passl.evaluators.names import relative_names
 from passl.formats.atomic import replacing
 from passl.models.tokens import patch_features
 from passl.models.vision_transformer import TokenTransformer
+
+logger = logging.getLogger("passl")
 
 KINDS = ("cls", "patch", "mean")
 _HEADER = 192  # bytes, for any number of rows: a multiple of 64
@@ -84,6 +87,7 @@ def write_rows(
     batch_size: int = 64,
     num_workers: int = 0,
     numbered: bool = False,
+    others: Sequence[Path] = (),
 ) -> tuple[int, dict[str, tuple[int, ...]]]:
     """Write the features of all samples, in their order, without those that cannot be read.
 
@@ -95,6 +99,7 @@ def write_rows(
         targets: where the rows of each kind (see `image_features`) go, as .npy [N, ...].
         index: csv with a line for each row: its sample's path, and with labels, label and class.
         numbered: the index has a column ``row`` too.
+        others: arrays that an earlier index listed, which go if that was another one.
 
     Returns:
         The number of rows, and for each kind the shape of one.
@@ -130,13 +135,24 @@ def write_rows(
         warn_of_missing(title, len(numbers), len(dataset))
         shapes = files.shapes()
         if distributed.is_main():
-            index.unlink(missing_ok=True)
+            # Names in other encodings than the system's cannot be written as they are.
+            text = _index(dataset, numbers, numbered).encode(errors="backslashreplace")
+            _remove_old(index, text, others)
             files.join()
             with replacing(index) as file:
-                # Names in other encodings than the system's cannot be written as they are.
-                file.write(_index(dataset, numbers, numbered).encode(errors="backslashreplace"))
+                file.write(text)
         distributed.barrier()
     return len(numbers), shapes
+
+
+def _remove_old(index: Path, text: bytes, others: Sequence[Path]) -> None:
+    """The index that is not ``text``'s any more, and the arrays that would not fit the new one."""
+    if not index.is_file() or index.read_bytes() != text:
+        for path in others:
+            if path.exists():
+                logger.warning("%s is removed: it has the rows of other images", path)
+                path.unlink()
+    index.unlink(missing_ok=True)
 
 
 def _agree(problem: Optional[str]) -> None:
