@@ -92,19 +92,20 @@ class Classification(Evaluator):
         return result
 
     def _reported(self, logits: np.ndarray, labels: np.ndarray, indices: np.ndarray, folder: Path) -> dict[str, float]:
-        """Numbers for the result; the first process writes the files."""
-        num_classes = logits.shape[1]
-        names = list(self.dataset.class_names)
-        # A model may have more classes than there are folders here.
-        names += [str(label) for label in range(len(names), num_classes)]
-        report = ClassificationReport(logits, labels, names[:num_classes])
+        """Numbers for the result; the first process works them out and writes the files."""
+        numbers: dict[str, float] = {}
         if distributed.is_main():
+            names = list(self.dataset.class_names)
+            # A model may have more classes than there are folders here.
+            names += [str(label) for label in range(len(names), logits.shape[1])]
+            report = ClassificationReport(logits, labels, names[: logits.shape[1]])
             report.log()
             if self.writes_files:
                 report.write(folder)
             if self.predictions:
                 report.write_predictions(folder / self.predictions, self.dataset, indices)
-        return report.numbers() if self.report else {}
+            numbers = report.numbers() if self.report else {}
+        return distributed.broadcast_object(numbers)
 
 
 def accuracy(logits: np.ndarray, labels: np.ndarray, k: int) -> float:

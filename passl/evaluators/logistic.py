@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Union
+from typing import Any, Optional, Union
 
 import numpy as np
 import paddle
@@ -48,7 +48,7 @@ class LogisticRegression(Evaluator):
         hold_out: share of the training images of each class, drawn from `seed`.
         standardize: divide each feature by its standard deviation over the training images, after taking off its mean;
             the saved classifier takes the features as they are.
-        max_iterations, tolerance: stop after so many, or where no element of the gradient of the mean loss is larger.
+        max_iterations, tolerance: stop after so many, or where the gradient is no larger, see `fit_logistic`.
         n_last_blocks, avgpool: as of LinearProbe.
         cache: see LinearSweep, with which it shares the files.
     """
@@ -144,23 +144,21 @@ class LogisticRegression(Evaluator):
         return self.strengths[scores.index(max(scores))]
 
     def _fitted(
-        self, rows: np.ndarray, labels: np.ndarray, num_classes: int, strength: float, start: Any = None
+        self, rows: np.ndarray, labels: np.ndarray, num_classes: int, strength: float, start: Optional[tuple] = None
     ) -> tuple[np.ndarray, np.ndarray]:
         """Weight [W, C] and bias [C] for features as they are, float64; ``start``: some of another C."""
         mean, scale = np.zeros(rows.shape[1]), np.ones(rows.shape[1])
         if self.standardize:
             mean, scale = rows.mean(axis=0, dtype=np.float64), rows.std(axis=0, dtype=np.float64)
             scale[scale == 0] = 1.0
-        weight = bias = None
         if start is not None:
-            weight, bias = start[0] * scale[:, None], start[1] + mean @ start[0]
+            start = start[0] * scale[:, None], start[1] + mean @ start[0]
         weight, bias, is_done = fit_logistic(
-            (rows - mean) / scale, labels, num_classes, strength, self.max_iterations, self.tolerance, weight, bias
+            (rows - mean) / scale, labels, num_classes, strength, self.max_iterations, self.tolerance, start
         )
         if not is_done:
             logger.warning(
-                "logistic: C %g: not at the minimum after %d iterations: raise max_iterations, or set standardize: "
-                "true",
+                "logistic: C %g: not at the minimum after %d iterations: raise max_iterations",
                 strength,
                 self.max_iterations,
             )
@@ -175,42 +173,62 @@ def fit_logistic(
     strength: float,
     max_iterations: int = 1000,
     tolerance: float = 1e-6,
-    weight: Any = None,
-    bias: Any = None,
+    start: Optional[tuple[np.ndarray, np.ndarray]] = None,
 ) -> tuple[np.ndarray, np.ndarray, bool]:
     """The minimum of mean cross-entropy + squared weights / (2 * strength * N), in float64.
 
+    The search goes on in coordinates in which the features are uncorrelated and the curvature is about the same in all
+    directions: tens of steps in place of thousands, to the same minimum.
+
     Args:
         rows: [N, W]; labels: [N], from 0 to num_classes - 1.
-        weight, bias: where to start; None: zeros.
+        tolerance: of the gradient in these coordinates; the loss is then within W * C * tolerance**2 of the lowest.
+        start: weight and bias; None: zeros.
 
     Returns:
         Weight [W, C], bias [C], and whether the gradient is within ``tolerance``.
     """
-    count, width = rows.shape
-    x = paddle.to_tensor(rows.astype(np.float64))
-    target = paddle.to_tensor(np.eye(num_classes)[labels])
+    count = len(rows)
     penalty = 1.0 / (strength * count)
+    mean = rows.mean(axis=0, dtype=np.float64)
+    centred = rows - mean
+    variances, axes = np.linalg.eigh(centred.T @ centred / count)
+    # Of the cross-entropy of logits that are all equal the curvature is variance / C.
+    sizes = np.sqrt(variances.clip(min=0) / num_classes + penalty)
+    to_weight = axes / sizes
+    function = _Objective(centred @ to_weight, labels, num_classes, penalty / sizes**2)
+    matrix = np.zeros((rows.shape[1] + 1, num_classes))
+    if start is not None:
+        matrix[:-1], matrix[-1] = (axes * sizes).T @ start[0], start[1] + mean @ start[0]
+    flat, is_done = minimize(function, matrix.ravel(), max_iterations, tolerance)
+    matrix = flat.reshape(matrix.shape)
+    weight = to_weight @ matrix[:-1]
+    return weight, matrix[-1] - mean @ weight, is_done
 
-    def value_and_gradient(flat: np.ndarray) -> tuple[float, np.ndarray]:
-        matrix = flat.reshape(width + 1, num_classes)
-        with paddle.no_grad():
-            logits = paddle.matmul(x, paddle.to_tensor(matrix[:-1])) + paddle.to_tensor(matrix[-1:])
-            shifted = logits - logits.max(-1, keepdim=True)
-            powers = shifted.exp()
-            scale = powers.sum(-1, keepdim=True)
-            loss = (scale.log().sum() - (shifted * target).sum()).item() / count
-            slope = (powers / scale - target) / count
-            of_weight = paddle.matmul(x, slope, transpose_x=True).numpy() + penalty * matrix[:-1]
-            gradient = np.concatenate([of_weight, slope.sum(0, keepdim=True).numpy()])
-        return loss + penalty / 2 * float((matrix[:-1] ** 2).sum()), gradient.ravel()
 
-    start = np.zeros((width + 1, num_classes))
-    if weight is not None:
-        start[:-1], start[-1] = weight, bias
-    flat, is_done = minimize(value_and_gradient, start.ravel(), max_iterations, tolerance)
-    matrix = flat.reshape(width + 1, num_classes)
-    return matrix[:-1], matrix[-1], is_done
+class _Objective:
+    """Mean cross-entropy of ``rows`` [N, W] + squared weights * ``penalties`` [W] / 2, and its gradient, as a function
+    of weight and bias in one flat array.
+    """
+
+    def __init__(self, rows: np.ndarray, labels: np.ndarray, num_classes: int, penalties: np.ndarray) -> None:
+        self.rows = paddle.to_tensor(rows)
+        self.target = paddle.to_tensor(np.eye(num_classes)[labels])
+        self.penalties = penalties[:, None]
+
+    @paddle.no_grad()
+    def __call__(self, flat: np.ndarray) -> tuple[float, np.ndarray]:
+        matrix, count = flat.reshape(len(self.penalties) + 1, -1), len(self.rows)
+        logits = paddle.matmul(self.rows, paddle.to_tensor(matrix[:-1])) + paddle.to_tensor(matrix[-1:])
+        shifted = logits - logits.max(-1, keepdim=True)
+        powers = shifted.exp()
+        scale = powers.sum(-1, keepdim=True)
+        loss = (scale.log().sum() - (shifted * self.target).sum()).item() / count
+        slope = (powers / scale - self.target) / count
+        of_penalty = self.penalties * matrix[:-1]
+        of_weight = paddle.matmul(self.rows, slope, transpose_x=True).numpy() + of_penalty
+        gradient = np.concatenate([of_weight, slope.sum(0, keepdim=True).numpy()])
+        return loss + float((of_penalty * matrix[:-1]).sum()) / 2, gradient.ravel()
 
 
 def _held_out(labels: np.ndarray, share: float, seed: int) -> np.ndarray:

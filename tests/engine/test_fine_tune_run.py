@@ -13,30 +13,38 @@ from tests.engine.test_distributed import TOOL, launch
 
 EXPORT = "from passl.cli import export_main; export_main()"
 PREDICT = "from passl.cli import predict_main; predict_main()"
-FINE_TUNE = (
-    tiny.PROBE.replace("Evaluators:", "Unused:")
-    .partition("Unused:")[0]
-    .replace(
-        """  name: LinearProbe
-""",
-        """  name: FineTune
-""",
-    )
-    .replace(
-        "  n_last_blocks: 2\n",
-        "  pool: mean\n  layer_decay: 0.6\n  label_smoothing: 0.1\n  mixup_alpha: 0.8\n  cutmix_alpha: 1.0\n",
-    )
-    .replace(
-        "Normalize: {{}}]\n    sampler: {{batch_size: 5",
-        "Normalize: {{}}, RandomErasing: {{}}]\n    sampler: {{batch_size: 5",
-    )
-)
-FINE_TUNE = (
-    FINE_TUNE.replace("epochs: 2", "epochs: 3, save_interval: 2it")
-    .replace("num_heads: 2}}", "num_heads: 2, drop_path_rate: 0.2}}")
-    .replace("{{name: Momentum}}", "{{name: AdamW, clip_norm: 3.0}}")
-    .replace("base: 0.1", "base: 0.05")
-)
+FINE_TUNE = """
+Global:
+  {{output_dir: {folder}/out, device: cpu, epochs: 3, save_interval: 2it, print_batch_step: 1, use_visualdl: false}}
+Model:
+  name: FineTune
+  backbone:
+    {{name: VisionTransformer, img_size: 16, patch_size: 8, embed_dim: 12, depth: 2, num_heads: 2, drop_path_rate: 0.2}}
+  num_classes: 3
+  pool: mean
+  layer_decay: 0.6
+  label_smoothing: 0.1
+  mixup_alpha: 0.8
+  cutmix_alpha: 1.0
+Schedules:
+  lr: {{name: Cosine, base: 0.05, reference_batch_size: 256, per_epoch: true}}
+Optimizer: {{name: AdamW, clip_norm: 3.0}}
+DataLoader:
+  Train:
+    dataset:
+      name: ImageFolder
+      root: {folder}/train
+      transform: [RandomResizedCrop: {{size: 16}}, ToTensor: {{}}, Normalize: {{}}, RandomErasing: {{}}]
+    sampler: {{batch_size: 5, drop_last: false}}
+    loader: {{num_workers: 0}}
+  Eval:
+    dataset:
+      name: ImageFolder
+      root: {folder}/val
+      transform: [Resize: {{size: 18}}, CenterCrop: {{size: 16}}, ToTensor: {{}}, Normalize: {{}}]
+    sampler: {{batch_size: 4}}
+    loader: {{num_workers: 0}}
+"""
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +95,9 @@ def test_evaluation_export_and_prediction(folder, tuned):
     assert scored.returncode == 0, scored.stderr
     result = json.loads((folder / "eval/FineTune/eval.json").read_text())
     rows = [json.loads(line) for line in (tuned / "metrics.jsonl").read_text().splitlines() if '"eval"' in line]
+    assert set(result) == {"top1", "top5", "loss"}
+    written = {path.name for path in (folder / "eval/FineTune").iterdir()}
+    assert {"confusion.png", "confusion.csv", "per_class.csv"} <= written
     assert result["top1"] == max(row["top1"] for row in rows)
     out = folder / "tuned.passl"
     exported = tiny.run(EXPORT, "-c", folder / "tune.yaml", *options, "--out", out)
