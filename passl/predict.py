@@ -111,7 +111,7 @@ def _frames(path: str, step: int) -> Iterator[Picture]:
     av = require("av", "video")
     number = 0
     try:
-        with av.open(path) as video:
+        with av.open(os.path.abspath(path)) as video:  # a relative 9:30.mp4 would be of a protocol 9
             if not video.streams.video:
                 raise ValueError("it has no pictures")
             for number, frame in enumerate(video.decode(video=0)):
