@@ -67,8 +67,8 @@ def find_files(sources: Sequence[str], channels: Optional[int] = None) -> list[s
             found = sorted(glob.glob(source, recursive=True))
             if not found:
                 raise SourceError(f"{source}: no such file or folder, nor a pattern that fits any")
-        for path in found:
-            files += _files_in(path, channels) if os.path.isdir(path) else [path]
+        paths = [path for one in found for path in (_files_in(one, channels) if os.path.isdir(one) else [one])]
+        files += dict.fromkeys(paths)  # a/** finds folders, and the files in them too
     return files
 
 
