@@ -111,7 +111,8 @@ def _frames(path: str, step: int) -> Iterator[Picture]:
     av = require("av", "video")
     number = 0
     try:
-        with av.open(os.path.abspath(path)) as video:  # a relative 9:30.mp4 would be of a protocol 9
+        # A relative 9:30.mp4 would be of a protocol 9. Titles may be in another encoding than UTF-8.
+        with av.open(os.path.abspath(path), metadata_errors="replace") as video:
             if not video.streams.video:
                 raise ValueError("it has no pictures")
             for number, frame in enumerate(video.decode(video=0)):

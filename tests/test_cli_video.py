@@ -134,6 +134,15 @@ def test_names_that_could_be_addresses(clip, tmp_path, monkeypatch):
 
 
 @pytest.mark.smoke
+def test_a_title_in_another_encoding(clip, tmp_path):
+    path = tmp_path / "old.mp4"
+    path.write_bytes(clip.read_bytes().replace(b"Lavf", b"\xe9t\xe9 "))
+    video("--input", path, "--output", tmp_path / "out", "--video_only")
+    assert len(clips.read(tmp_path / "out" / "video.mp4")[0]) == 10
+    assert len(list(pictures([str(path)]))) == 10
+
+
+@pytest.mark.smoke
 def test_too_little_memory(clip, tmp_path, capsys, monkeypatch):
     def full(*arguments):
         raise MemoryError("(ResourceExhausted) Fail to alloc memory")
