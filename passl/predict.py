@@ -67,8 +67,8 @@ def find_files(sources: Sequence[str], channels: Optional[int] = None) -> list[s
             found = sorted(glob.glob(source, recursive=True))
             if not found:
                 raise SourceError(f"{source}: no such file or folder, nor a pattern that fits any")
-        for path in found:
-            files += _files_in(path, channels) if os.path.isdir(path) else [path]
+        paths = [path for one in found for path in (_files_in(one, channels) if os.path.isdir(one) else [one])]
+        files += dict.fromkeys(paths)  # a/** finds folders, and the files in them too
     return files
 
 
@@ -111,7 +111,8 @@ def _frames(path: str, step: int) -> Iterator[Picture]:
     av = require("av", "video")
     number = 0
     try:
-        with av.open(path) as video:
+        # A relative 9:30.mp4 would be of a protocol 9. Titles may be in another encoding than UTF-8.
+        with av.open(os.path.abspath(path), metadata_errors="replace") as video:
             if not video.streams.video:
                 raise ValueError("it has no pictures")
             for number, frame in enumerate(video.decode(video=0)):

@@ -185,6 +185,23 @@ def test_folders_of_images(photo, tmp_path, capsys):
     assert all("overview.png" in names_in(one) for one in (tmp_path / "out").iterdir())
 
 
+def test_a_point_that_some_images_do_not_have(photo, tmp_path, capsys):
+    Image.new("RGB", (20, 20)).save(tmp_path / "small.png")
+    error = error_of(capsys, 1, "--image", tmp_path / "small.png", photo, "--point", "50,30", "--output_dir",
+                     tmp_path / "out", *SMALL)  # fmt: skip
+    assert "small.png: point (50,30) is outside of the image, which is 20 wide and 20 high" in error
+    assert names_in(tmp_path / "out") == ["photo"]
+
+
+def test_too_little_memory(photo, tmp_path, capsys, monkeypatch):
+    def full(*arguments):
+        raise MemoryError("(ResourceExhausted) Fail to alloc memory")
+
+    monkeypatch.setattr("passl.visualize.attention_files.write_attention", full)
+    error = error_of(capsys, 2, "--image", photo, "--output_dir", tmp_path, *SMALL)
+    assert "--image_size: the memory does not suffice for 32 x 48 pixels" in error
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
@@ -194,10 +211,11 @@ def test_folders_of_images(photo, tmp_path, capsys):
         (("--threshold", "60"), 2, "'60' must be above 0 and at most 1"),
         (("--rollout", "--head", "0"), 2, "--rollout averages the heads"),
         (("--point", "3,4", "--threshold", "0.6"), 2, "--threshold: of attention"),
-        (("--point", "61,4"), 2, "point (61,4) is outside of the image, which is 60 wide and 40 high"),
+        (("--point", "61,4"), 1, "point (61,4) is outside of the image, which is 60 wide and 40 high"),
         (("--point", "61"), 2, "'61' must be X,Y in pixels"),
         (("--image_size", "1", "2", "3"), 2, "--image_size 1 2 3: one number, or height and width"),
         (("--image_size", "4"), 1, "an image of 4 x 6 has no whole patch of 8 pixels"),
+        (("--image_size", "9000", "9000"), 1, "40 x 60 pixels, resized to 9000 x 9000, would be 8.1e+07 pixels"),
         (("--cmap", "no"), 2, "--cmap: cmap ('no') must be a colour map of matplotlib"),
     ],
 )
@@ -214,7 +232,7 @@ def test_nothing_to_look_at(tmp_path, capsys):
     assert "passl-visualize video" in error_of(capsys, 1, "--image", tmp_path / "clip.mp4", *SMALL)
     Image.new("RGB", (5000, 1)).save(tmp_path / "strip.png")
     strip = error_of(capsys, 1, "--image", tmp_path / "strip.png", "--arch", "resnet18", "--image_size", "480")
-    assert "1 x 5000 pixels are too long a strip" in strip
+    assert "1 x 5000 pixels, resized to 480, would be 1.15e+09 pixels: give a smaller size, or HEIGHT WIDTH" in strip
 
 
 def test_an_image_is_not_overwritten(photo, capsys):

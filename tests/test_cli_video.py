@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 from passl.cli import visualize_main
+from passl.predict import pictures
 from tests.visualize import clips
 
 pytest.importorskip("av")
@@ -101,6 +102,9 @@ def test_another_rate_keeps_all_frames(clip, tmp_path):
         (("--fps", "0"), 2, "'0' must be frames a second, such as 24, 29.97 or 30000/1001"),
         (("--resize", "1", "2", "3"), 2, "--resize 1 2 3: one number, or height and width"),
         (("--resize", "4"), 2, "no whole patch of 8 pixels"),
+        (("--resize", "9000"), 2, "48 x 64 pixels, resized to 9000, would be 1.08e+08 pixels: give a smaller size"),
+        (("--resize", "2", "20000", "--video_only"), 1, "video.mp4: cannot be encoded"),
+        (("--resize", "2", "20000", "--video_only", "--video_format", "avi"), 1, "video.avi: cannot be encoded"),
         (("--threshold", "0"), 2, "'0' must be above 0 and at most 1"),
         (("--video_only", "--threshold", "0.5", "--layout", "overlay"), 2, "--threshold, --layout: of attention"),
         (("--cmap", "no"), 2, "--cmap: cmap ('no') must be a colour map of matplotlib"),
@@ -110,6 +114,42 @@ def test_errors(clip, tmp_path, capsys, arguments, code, message):
     error = error_of(capsys, code, "--input", clip, "--output", tmp_path / "out", *NETWORK, *arguments)
     assert message in error
     assert not list((tmp_path / "out").glob("*"))
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("video_format", ["mp4", "avi"])
+def test_a_rate_with_many_digits(clip, tmp_path, video_format):
+    video("--input", clip, "--output", tmp_path, "--video_only", "--fps", "29.970029970029970", "--video_format",
+          video_format)  # fmt: skip
+    assert clips.read(tmp_path / f"video.{video_format}")[1] == clips.NTSC
+
+
+@pytest.mark.smoke
+def test_names_that_could_be_addresses(clip, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("file:12:30.mp4").write_bytes(clip.read_bytes())
+    video("--input", "file:12:30.mp4", "--output", "file:out", "--video_only")
+    assert len(clips.read(tmp_path / "file:out" / "video.mp4")[0]) == 10
+    assert len(list(pictures(["file:12:30.mp4"]))) == 10
+
+
+@pytest.mark.smoke
+def test_a_title_in_another_encoding(clip, tmp_path):
+    path = tmp_path / "old.mp4"
+    path.write_bytes(clip.read_bytes().replace(b"Lavf", b"\xe9t\xe9 "))
+    video("--input", path, "--output", tmp_path / "out", "--video_only")
+    assert len(clips.read(tmp_path / "out" / "video.mp4")[0]) == 10
+    assert len(list(pictures([str(path)]))) == 10
+
+
+@pytest.mark.smoke
+def test_too_little_memory(clip, tmp_path, capsys, monkeypatch):
+    def full(*arguments):
+        raise MemoryError("(ResourceExhausted) Fail to alloc memory")
+
+    monkeypatch.setattr("passl.models.functional.attention_weights", full)
+    error = error_of(capsys, 2, "--input", clip, "--output", tmp_path, *NETWORK)
+    assert "--resize: the memory does not suffice for such frames, give a smaller size" in error
 
 
 @pytest.mark.smoke
@@ -190,7 +230,7 @@ def test_memory_does_not_grow_with_frames(tmp_path):
         peaks.append(json.loads(process.communicate()[0].splitlines()[-1]) / 1024)
         assert process.returncode == 0
         assert len(clips.read(tmp_path / "out/video.mp4")[0]) == count
-    assert peaks[1] - peaks[0] < 20, f"MB: {peaks}"
+    assert peaks[1] - peaks[0] < 40, f"MB: {peaks}"  # 30 is what equal runs differ by, now and then
 
 
 def test_a_killed_run_leaves_no_half_video(tmp_path):

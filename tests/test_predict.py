@@ -55,6 +55,7 @@ def lines(text):
 def test_sources(folder, tmp_path, monkeypatch):
     everything = ImageList(folder / "val").paths
     assert find_files([str(folder / "val")]) == everything
+    assert find_files([str(folder / "val/**")]) == everything
     assert find_files([str(folder / "val/*/0.png")]) == [path for path in everything if path.endswith("/0.png")]
     monkeypatch.chdir(folder / "val")
     assert find_files(["class0/1.png", "class0/1.png"]) == ["class0/1.png"] * 2

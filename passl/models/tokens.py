@@ -55,8 +55,8 @@ def cls_attention(backbone: nn.Layer, images: Tensor, layer: int = -1) -> Tensor
         return weights.reshape([*weights.shape[:2], rows, columns])
     raise ValueError(
         f"{_name(backbone)} has no [CLS] token that attends to patches: look at how similar its patches are instead "
-        "(--similarity, or --point X,Y); or give a network of your own get_last_selfattention(images) -> "
-        "[B, heads, 1+N, 1+N], and a patch_size"
+        "(passl-visualize attention with --similarity, or --point X,Y); or give a network of your own "
+        "get_last_selfattention(images) -> [B, heads, 1+N, 1+N], and a patch_size"
     )
 
 

@@ -13,6 +13,8 @@ from passl.data.geometry import Box, crop, image_size, resize
 from passl.data.image_io import AnyImage
 from passl.data.transforms import Normalize, ToTensor
 
+_MAX_PIXELS = 2**26  # of a resized image: one of 1 x 5000 pixels would become 480 x 2,400,000
+
 
 @dataclass
 class Prepared:
@@ -57,6 +59,25 @@ def patch_size_of(backbone: nn.Layer) -> int:
     return own if isinstance(own, int) else 1
 
 
+def resized(image: AnyImage, size: Union[int, Sequence[int]]) -> AnyImage:
+    """The image, resized (bilinear, with antialiasing, as the official code).
+
+    size: of the shorter side, or [height, width].
+
+    Raises:
+        ValueError: that is larger than any network or video can take.
+    """
+    height, width = image_size(image)
+    if isinstance(size, int):
+        pixels, advice = size * size * max(height, width) / min(height, width), "a smaller size, or HEIGHT WIDTH"
+    else:
+        pixels, advice = size[0] * size[1], "a smaller size"
+    if pixels > _MAX_PIXELS:
+        wanted = size if isinstance(size, int) else " x ".join(map(str, size))
+        raise ValueError(f"{height} x {width} pixels, resized to {wanted}, would be {pixels:.3g} pixels: give {advice}")
+    return resize(image, size)
+
+
 def prepare(
     image: AnyImage,
     size: Optional[Union[int, Sequence[int]]],
@@ -64,22 +85,22 @@ def prepare(
     mean: Sequence[float],
     std: Sequence[float],
 ) -> Prepared:
-    """The image, resized (bilinear, with antialiasing), normalised, and cut to whole patches.
+    """The image, resized, normalised, and cut to whole patches.
 
     size: of the shorter side, or [height, width], or None for as it is.
 
     Raises:
-        ValueError: not one patch is left.
+        ValueError: not one patch is left, or far too many.
     """
     original = image_size(image)
     if size is not None:
-        image = resize(image, size)  # bilinear, as the official code
-    resized = image_size(image)
-    height, width = (side - side % patch_size for side in resized)
+        image = resized(image, size)
+    full = image_size(image)
+    height, width = (side - side % patch_size for side in full)
     if not (height and width):
-        raise ValueError(f"an image of {resized[0]} x {resized[1]} has no whole patch of {patch_size} pixels")
+        raise ValueError(f"an image of {full[0]} x {full[1]} has no whole patch of {patch_size} pixels")
     array = ToTensor()(crop(image, Box(0, 0, height, width)))
-    return Prepared(Normalize(mean, std)(array), resized, original)
+    return Prepared(Normalize(mean, std)(array), full, original)
 
 
 def picture_of(tensor: np.ndarray) -> np.ndarray:

@@ -31,11 +31,11 @@ class View:
         """images [B, C, H, W] -> float32 [B, maps, h, w], and the name of each map: head0, mean, rollout.
 
         Raises:
-            ValueError: the backbone has no such attention, block or head.
+            ValueError: the backbone has no such attention, block or head, or gives NaN.
         """
         if self.rollout:
-            return attention_rollout(backbone, images, self.layer).unsqueeze(1).numpy(), ["rollout"]
-        maps = cls_attention(backbone, images, self.layer).numpy()
+            return _finite(attention_rollout(backbone, images, self.layer).unsqueeze(1)), ["rollout"]
+        maps = _finite(cls_attention(backbone, images, self.layer))
         if self.head == "all":
             return maps, [f"head{head}" for head in range(maps.shape[1])]
         if self.head == "mean":
@@ -56,10 +56,19 @@ def similarity(
         float32 [h, w], 1 at the patch itself; and (row, column) of that patch.
 
     Raises:
-        ValueError: the place is outside of the image, or the backbone has no features of patches or no such block.
+        ValueError: the place is outside of the image, or the backbone has no features of patches or no such block, or
+            gives NaN.
     """
     features = patch_features(backbone, paddle.to_tensor(prepared.tensor[None]), layer)[0].astype("float32")
     row, column = prepared.patch_at(x, y, tuple(features.shape[:2]))
     features = features / paddle.sqrt((features * features).sum(-1, keepdim=True)).clip(min=1e-12)
     cosines = paddle.matmul(features, features[row, column].unsqueeze(1)).squeeze(-1)
-    return cosines.numpy(), (row, column)
+    return _finite(cosines), (row, column)
+
+
+def _finite(values: Tensor) -> np.ndarray:
+    """The values, which a black picture would not show to be NaN."""
+    array = values.numpy()
+    if not np.isfinite(array).all():
+        raise ValueError("the network gives NaN: its weights, or the image, hold values that are not finite")
+    return array

@@ -13,8 +13,7 @@ import paddle
 from paddle import nn
 from PIL import Image
 
-from passl.data.geometry import resize
-from passl.visualize.attention_image import patch_size_of, prepare
+from passl.visualize.attention_image import patch_size_of, prepare, resized
 from passl.visualize.attention_maps import coloured, overlaid, stretched, top_mass_masks, upsampled
 from passl.visualize.attention_view import View
 from passl.visualize.video_source import Frame
@@ -58,11 +57,15 @@ class Drawn(NamedTuple):
 
 
 def frames_as_they_are(frames: Iterable[Frame], size: Optional[Union[int, Sequence[int]]] = None) -> Iterator[Drawn]:
-    """Frames that are maps already, resized if ``size`` is given (of the shorter side, or [height, width])."""
+    """Frames that are maps already, resized if ``size`` is given (of the shorter side, or [height, width]).
+
+    Raises:
+        ValueError: that is larger than any video can be.
+    """
     for frame in frames:
         image = frame.image
         if size is not None:
-            image = np.asarray(resize(Image.fromarray(image), size))
+            image = np.asarray(resized(Image.fromarray(image), size))
         yield Drawn(image, image, image, frame.time)
 
 
@@ -101,7 +104,7 @@ def attention_frames(
         rate: frames a second.
 
     Raises:
-        ValueError: the backbone has no such attention; frames have no whole patch.
+        ValueError: the backbone has no such attention; frames have no whole patch, or far too many.
     """
     patch_size = patch_size_of(backbone)
     colours = _Range(look.scale, rate)

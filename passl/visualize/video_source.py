@@ -118,7 +118,8 @@ class FileSource:
 
     def _opened(self) -> Any:
         try:
-            return self._av.open(self._path)
+            # A relative 9:30.mp4 would be of a protocol 9. Titles may be in another encoding than UTF-8.
+            return self._av.open(os.path.abspath(self._path), metadata_errors="replace")
         except (self._av.error.FFmpegError, OSError) as error:
             raise VideoError(f"{self._path}: not a video that can be read ({error})") from error
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -14,9 +15,8 @@ from passl.exported import require
 from passl.formats.atomic import replacing
 from passl.visualize.video_source import VideoError
 
-FORMATS = ("mp4", "avi")
 _STEPS = 100  # of time, in that of one frame: for frames that do not come at regular times
-_LARGEST_PART = 65535  # of a rate's fraction, in an avi with MPEG-4
+_LARGEST_PART = {"mp4": (2**31 - 1) // _STEPS, "avi": 65535}  # of a rate's fraction; MPEG-4 has 16 bits for it
 
 
 class VideoWriter:
@@ -29,7 +29,7 @@ class VideoWriter:
     def __init__(self, container: Any, video_format: str, rate: Fraction) -> None:
         self._container = container
         self._format = video_format
-        self._rate = rate if video_format == "mp4" else _simple(rate)
+        self._rate = _simple(rate, _LARGEST_PART[video_format])
         self._av = require("av", "video")
         self._stream: Any = None
         self._size: tuple[int, int] = (0, 0)
@@ -100,8 +100,8 @@ def writing(path: Path, video_format: str, rate: Fraction) -> Iterator[VideoWrit
     options = {"movflags": "faststart"} if video_format == "mp4" else {}
     with replacing(path) as file:
         try:
-            # By its name: to put the index in front, the file is read again.
-            with av.open(file.name, "w", format=video_format, options=options) as container:
+            # By its name: to put the index in front, the file is read again. A relative a:b would be of a protocol a.
+            with av.open(os.path.abspath(file.name), "w", format=video_format, options=options) as container:
                 writer = VideoWriter(container, video_format, rate)
                 yield writer
                 writer.finish()
@@ -111,8 +111,8 @@ def writing(path: Path, video_format: str, rate: Fraction) -> Iterator[VideoWrit
             raise VideoError(f"{path}: cannot be encoded ({error})") from error
 
 
-def _simple(rate: Fraction) -> Fraction:
-    """The nearest fraction whose parts fit into an avi."""
-    if max(rate.numerator, rate.denominator) <= _LARGEST_PART:
+def _simple(rate: Fraction, largest: int) -> Fraction:
+    """The nearest fraction whose parts are ``largest`` at most."""
+    if max(rate.numerator, rate.denominator) <= largest:
         return rate
-    return rate.limit_denominator(max(1, int(_LARGEST_PART / max(rate, 1)) - 1))
+    return max(rate.limit_denominator(max(1, int(largest / max(rate, 1)) - 1)), Fraction(1, largest))

@@ -150,6 +150,18 @@ def test_heads():
         View(head=3).maps(model, x)
 
 
+def test_broken_weights_are_named():
+    model, x = VisionTransformer(16, 8, 3, 12, 2, 3), np.zeros([3, 16, 16], np.float32)
+    model.cls_token.set_value(paddle.full_like(model.cls_token, float("nan")))
+    for look in (
+        lambda: View().maps(model, paddle.to_tensor(x[None])),
+        lambda: View(rollout=True).maps(model, paddle.to_tensor(x[None])),
+        lambda: similarity(model, Prepared(x, (16, 16), (16, 16)), 5, 5, -1),
+    ):
+        with pytest.raises(ValueError, match="the network gives NaN: its weights, or the image, hold values"):
+            look()
+
+
 @pytest.mark.parametrize("heads", [1, 2, 3, 6, 12, 16])
 @pytest.mark.parametrize(("height", "width"), [(64, 64), (480, 320), (32, 160)])
 @pytest.mark.parametrize("with_masks", [False, True])

@@ -23,7 +23,6 @@ It writes img.png (the image as the network sees it), attn-head0.png ..., overvi
 With --similarity or --point: similarity.png, how alike all patches are to one; it works for any network.
 An image that cannot be read is named and left out, and the exit code is then 1.
 """
-_MAX_PIXELS = 2**24  # of a resized image: one of 1 x 5000 pixels would become 480 x 2,400,000
 
 
 def add_to(commands: Any) -> None:
@@ -161,6 +160,10 @@ def _run(options: argparse.Namespace) -> None:
             _write(folder, file, prepared, options, network.backbone)
         except ValueError as error:
             raise ConfigError([str(error)]) from error
+        except MemoryError as error:
+            size = " x ".join(map(str, prepared.size))
+            message = f"--image_size: the memory does not suffice for {size} pixels ({file}), give a smaller one"
+            raise ConfigError([message]) from error
         tqdm.write(harmless(str(folder / "overview.png")))
     if problems:
         print("\n".join([f"{len(problems)} could not be read and are left out:", *problems]), file=sys.stderr)
@@ -218,20 +221,17 @@ def _spare(files: list[str], folders: list[Path]) -> None:
 
 
 def _prepared(file: str, options: argparse.Namespace, network: Any) -> Any:
-    """Raises UnreadableImageError, also for an image whose shape leaves nothing to look at."""
-    from passl.data.geometry import image_size
+    """Raises UnreadableImageError, also for an image of a size that the options do not fit."""
     from passl.data.image_io import UnreadableImageError, read_source
     from passl.visualize.attention_image import patch_size_of, prepare
 
     image = read_source(file, network.channels).image()
     size = size_of(options, [480, 480])
-    if isinstance(size, int):
-        short, long = sorted(image_size(image))
-        if size * size * long / short > _MAX_PIXELS:
-            shape = " x ".join(map(str, image_size(image)))
-            raise UnreadableImageError(file, f"{shape} pixels are too long a strip: give --image_size HEIGHT WIDTH")
     try:
-        return prepare(image, size, patch_size_of(network.backbone), network.mean, network.std)
+        prepared = prepare(image, size, patch_size_of(network.backbone), network.mean, network.std)
+        if options.point is not None:
+            prepared.patch_at(*_place(options, prepared), (1, 1))
+        return prepared
     except ValueError as error:
         raise UnreadableImageError(file, str(error)) from error
 
@@ -240,12 +240,16 @@ def _write(folder: Path, file: str, prepared: Any, options: argparse.Namespace, 
     from passl.visualize.attention_files import DEFAULT_THRESHOLD, write_attention, write_similarity
 
     if options.similarity or options.point is not None:
-        x, y, shares = options.point or (0.5, 0.5, True)
-        height, width = prepared.original
-        place = (x * width, y * height) if shares else (x, y)
-        write_similarity(folder, backbone, prepared, place, options.layer, options.cmap)
+        write_similarity(folder, backbone, prepared, _place(options, prepared), options.layer, options.cmap)
         return
     threshold: Optional[float] = options.threshold
     if threshold is None and options.boxes:
         threshold = DEFAULT_THRESHOLD
     write_attention(folder, backbone, file, prepared, options.view, threshold, options.cmap)
+
+
+def _place(options: argparse.Namespace, prepared: Any) -> tuple[float, float]:
+    """What --point means, in pixels of the original image."""
+    x, y, shares = options.point or (0.5, 0.5, True)
+    height, width = prepared.original
+    return (x * width, y * height) if shares else (x, y)

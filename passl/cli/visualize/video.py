@@ -66,7 +66,7 @@ def add_to(commands: Any) -> None:
 
 def _rate(text: str) -> Fraction:
     try:
-        rate = Fraction(text)
+        rate = Fraction(text).limit_denominator(1001)  # 23.976023976 is 24000/1001
     except (ValueError, ZeroDivisionError):
         rate = Fraction(0)
     if not 0 < rate <= 1000:
@@ -155,10 +155,8 @@ def _drawing(options: argparse.Namespace, rate: Fraction) -> Callable[[Iterable[
 def _write(options: argparse.Namespace, source: Any, rate: Fraction, draw: Callable[..., Iterator[Any]]) -> None:
     from tqdm import tqdm
 
-    from passl.config import ConfigError
     from passl.log import harmless
     from passl.visualize.attention_files import write_png
-    from passl.visualize.video_source import VideoError
     from passl.visualize.video_writer import writing
 
     folder = Path(options.output).expanduser()
@@ -166,18 +164,29 @@ def _write(options: argparse.Namespace, source: Any, rate: Fraction, draw: Calla
     for subfolder in ("", *(name for name, _ in names)):
         (folder / subfolder).mkdir(parents=True, exist_ok=True)
     path = folder / f"video.{options.video_format}"
+    frames = tqdm(source, total=source.total, unit="frame", disable=None)
     with writing(path, options.video_format, rate) as video:
-        try:
-            for index, drawn in enumerate(draw(tqdm(source, total=source.total, unit="frame", disable=None))):
-                # At another rate it is faster or slower: the frames' own times are no longer theirs.
-                video.write(drawn.picture, drawn.time if options.fps is None else None)
-                for (subfolder, name), image in zip(names, (drawn.frame, drawn.attention)):
-                    write_png(folder / subfolder / f"{name}-{index:06d}.png", image)
-        except VideoError:
-            raise
-        except ValueError as error:  # of the network: it has no attention, or no such block
-            raise ConfigError([str(error)]) from error
+        for index, drawn in enumerate(_of_the_network(draw(frames))):
+            # At another rate it is faster or slower: the frames' own times are no longer theirs.
+            video.write(drawn.picture, drawn.time if options.fps is None else None)
+            for (subfolder, name), image in zip(names, (drawn.frame, drawn.attention)):
+                write_png(folder / subfolder / f"{name}-{index:06d}.png", image)
     print(harmless(f"{path}: {video.count} frames, {rate} a second"))
+
+
+def _of_the_network(frames: Iterator[Any]) -> Iterator[Any]:
+    """Drawn frames. Raises ConfigError where the network has no such attention, or the memory does not suffice."""
+    from passl.config import ConfigError
+    from passl.visualize.video_source import VideoError
+
+    try:
+        yield from frames
+    except VideoError:
+        raise
+    except ValueError as error:
+        raise ConfigError([str(error)]) from error
+    except MemoryError as error:
+        raise ConfigError(["--resize: the memory does not suffice for such frames, give a smaller size"]) from error
 
 
 def _say(lines: list[str]) -> None:
