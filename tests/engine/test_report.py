@@ -13,8 +13,11 @@ from PIL import Image
 from visualdl import LogReader
 
 from passl.cli import eval_main, train_main, visualize_main
+from passl.engine.gallery import Gallery, dataset_of
 from passl.engine.report import ReportError, write_report
+from passl.engine.settings import ReportSettings
 from passl.log import MetricsFile
+from passl.models import RegionTransformer, VisionTransformer
 from tests.browser import page_dom
 from tests.engine import tiny
 
@@ -95,6 +98,7 @@ def test_an_evaluation_ends_with_its_report_too(folder: Path, run: Path) -> None
     value = json.loads((found / "eval.json").read_text())["knn_top1_k3"]
     assert f"{value:.2f}" in page
     assert "Map of features" in page
+    assert "<td>evaluators</td>" in page  # how long they took
     (file,) = (found / "vdl").glob("*.log")
     (scalar,) = LogReader(file_path=str(file)).get_data("scalar", "eval/knn_top1_k3")
     assert scalar.value == pytest.approx(value)
@@ -125,6 +129,73 @@ def test_images_that_cannot_be_shown_do_not_fail_the_run(folder: Path, tmp_path:
     train_main(["-c", str(config), "-o", REPORT, "-o", odd, "-o", "Global.eval_during_train=false"])
     assert (tmp_path / "out/DINO/latest.pdparams").is_file()
     assert (tmp_path / "out/DINO/report.html").is_file()
+
+
+def test_a_report_that_fails_does_not_fail_the_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("out of memory on the device")
+
+    monkeypatch.setattr("passl.engine.gallery.project", fail)
+    train_main(["-c", str(folder / "pretrain.yaml"), "-o", REPORT, "-o", "Global.name=broken"])
+    page = (folder / "out/broken/report.html").read_text(encoding="utf-8")
+    assert "none: out of memory on the device" in page
+    assert "<h2>Attention" in page
+    # Nothing can be drawn: the numbers are shown all the same.
+    monkeypatch.setattr("passl.engine.gallery.Gallery.make", fail)
+    again = ["-o", "Global.name=broken", "-o", "Global.checkpoint=auto"]
+    (folder / "out/broken/report.html").unlink()
+    train_main(["-c", str(folder / "pretrain.yaml"), "-o", REPORT, *again])
+    assert "<h2>Curves" in (folder / "out/broken/report.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(("method", "module"), [("umap", "umap"), ("tsne", "sklearn")])
+def test_what_a_map_needs_is_asked_for_before_the_training(
+    folder: Path, method: str, module: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("passl.engine.settings.find_spec", lambda name: None)
+    with pytest.raises(SystemExit) as ended:
+        train_main(["-c", str(folder / "pretrain.yaml"), "-o", f"Global.report={{method: {method}}}"])
+    assert ended.value.code == 2
+    assert f"method {method} needs {module}, which is not installed: pip install" in capsys.readouterr().err
+
+
+# --- the images ------------------------------------------------------------------------------------------------------
+
+
+def gallery_of(folder: Path, dataset: dict, backbone: object) -> tuple[dict, str]:
+    """Notes and map of the gallery with the images of `dataset`."""
+    gallery = Gallery(ReportSettings(2, 8, "pca"), folder)
+    gallery.make(backbone, {"DataLoader": {"Train": {"dataset": dataset}}}, 0)
+    return gallery.notes, (folder / "report/embeddings.fragment.html").read_text(encoding="utf-8")
+
+
+def test_labels_without_names_have_their_numbers(folder: Path, tmp_path: Path) -> None:
+    lines = [f"class{label}/{number}.png,{label * 7}" for label in range(3) for number in range(2)]
+    (tmp_path / "list.csv").write_text("\n".join(["path,label", *lines]))
+    dataset = {"name": "ImageList", "root": f"{folder}/train", "list_file": f"{tmp_path}/list.csv"}
+    dataset["transform"] = [{"ToTensor": {}}, {"Normalize": {}}]
+    backbone = VisionTransformer(img_size=16, patch_size=8, embed_dim=12, depth=1, num_heads=2)
+    notes, shown = gallery_of(tmp_path, dataset, backbone)
+    assert "no_map" not in notes
+    assert [name in shown for name in ('"name":"0"', '"name":"7"', '"name":"14"', '"name":"1"')] == [True] * 3 + [False]
+
+
+def test_regions_of_features_are_shown_whole(tmp_path: Path) -> None:
+    for number in range(4):
+        np.save(tmp_path / f"{number}.npy", np.random.default_rng(number).normal(size=(16, 6)).astype("float32"))
+    backbone = RegionTransformer(in_chans=6, grid_size=4, embed_dim=12, depth=1, num_heads=2)
+    dataset = {"name": "RegionFeatures", "root": str(tmp_path), "transform": {"name": "RegionMultiCrop"}}
+    notes, _ = gallery_of(tmp_path / "run", dataset, backbone)
+    assert not {"no_map", "no_attention"} & set(notes)
+
+
+def test_training_images_are_shown_without_their_augmentation(folder: Path) -> None:
+    steps = [{"RandomResizedCrop": {"size": 12}}, {"RandomHorizontalFlip": {}}, {"ColorJitter": {}}, {"ToTensor": {}}]
+    spec = {"name": "ImageFolder", "root": f"{folder}/train", "transform": [*steps, {"RandomErasing": {"prob": 1}}]}
+    dataset = dataset_of({"DataLoader": {"Train": {"dataset": spec}}})
+    one, other = (dataset.content(0, np.random.default_rng(seed))["image"] for seed in (1, 2))
+    assert one.shape == (3, 12, 12)
+    np.testing.assert_array_equal(one, other)
 
 
 # --- pages about given folders ---------------------------------------------------------------------------------------
@@ -167,6 +238,36 @@ def test_what_is_no_run_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixtur
     with pytest.raises(ReportError, match=r"eval.json: damaged"):
         write_report([tmp_path / "out/LinearProbe"], tmp_path / "x.html")
     assert not (tmp_path / "x.html").exists()
+
+
+def test_damaged_and_endless_numbers_are_shown_as_they_are(tmp_path: Path) -> None:
+    run = write_run(tmp_path, 50.0)
+    rows = [
+        {"step": 4, "phase": "train", "epoch": 4, "loss": float("nan"), "lr": "?", "batch_cost": float("nan")},
+        {"step": 4, "phase": "eval", "epoch": 4, "top1": float("nan"), "loss": None, "early_stopping_counter": 1},
+        {"step": 5, "phase": "eval", "epoch": 5, "top1": float("nan"), "early_stopping_counter": 0},
+        {"step": None, "phase": "train", "loss": 1.0},
+    ]
+    with (run / "metrics.jsonl").open("ab") as file:
+        file.write("".join(json.dumps(row) + "\n" for row in rows).encode() + b'\xff\xfe\x00\n{"step": 6, "pha')
+    page = write_report([run], tmp_path / "x.html").read_text()
+    assert "nan (best 52.00, epoch 2)" in page
+    assert ">0:00:06</td>" in page
+    assert "early_stopping" not in page
+
+
+def test_a_run_at_its_start_has_no_timings(tmp_path: Path) -> None:
+    MetricsFile(tmp_path / "metrics.jsonl").write(0, {"phase": "train", "epoch": 0, "loss": 1.0, "batch_cost": 1.0})
+    page = write_report([tmp_path], tmp_path / "x.html").read_text()
+    assert "Timings" not in page
+    assert "Configuration" not in page
+
+
+def test_a_folder_that_is_given_twice_is_one_run(tmp_path: Path) -> None:
+    run = write_run(tmp_path, 50.0)
+    page = write_report([run, run / ".." / run.name], tmp_path / "x.html").read_text()
+    assert page.count("<h2>Curves") == 1
+    assert '<th></th><th class="number">LinearProbe</th></tr>' in page
 
 
 @pytest.mark.parametrize("value", [0, -1])
