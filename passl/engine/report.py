@@ -200,8 +200,11 @@ def _timings(runs: Sequence[_Run]) -> str:
 def _times(run: _Run) -> dict[str, str]:
     train = [row for row in run.rows if row.get("phase") == "train" and _is_finite(row.get("batch_cost"))]
     times: dict[str, str] = {}
-    if train and train[-1]["step"] > 0:
-        steps = [row["step"] - before["step"] for before, row in zip([{"step": 0}, *train], train)]
+    numbers = [row["step"] for row in train]
+    # The first line of a run that began in another folder counts for as many steps as the second.
+    begin = max(0, 2 * numbers[0] - numbers[1]) if len(numbers) > 1 else 0
+    steps = [after - before for before, after in zip([begin, *numbers], numbers)]
+    if sum(steps) > 0:
         seconds = sum(count * row["batch_cost"] for count, row in zip(steps, train))
         waited = sum(count * row.get("reader_cost", 0.0) for count, row in zip(steps, train))
         times["steps"] = str(train[-1]["step"])

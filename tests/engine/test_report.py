@@ -263,6 +263,13 @@ def test_a_run_at_its_start_has_no_timings(tmp_path: Path) -> None:
     assert "Configuration" not in page
 
 
+def test_a_run_that_began_elsewhere_counts_its_own_steps(tmp_path: Path) -> None:
+    file = MetricsFile(tmp_path / "metrics.jsonl")
+    for step in (1001, 1002, 1003):
+        file.write(step, {"phase": "train", "epoch": 2, "loss": 1.0, "batch_cost": 2.0, "ips": 8.0})
+    assert ">0:00:06</td>" in write_report([tmp_path], tmp_path / "x.html").read_text()
+
+
 def test_a_folder_that_is_given_twice_is_one_run(tmp_path: Path) -> None:
     run = write_run(tmp_path, 50.0)
     page = write_report([run, run / ".." / run.name], tmp_path / "x.html").read_text()
