@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +18,7 @@ from visualdl import LogReader
 from passl.cli import eval_main, train_main, visualize_main
 from passl.engine.gallery import Gallery, dataset_of
 from passl.engine.report import ReportError, write_report
+from passl.engine.reporting import ReportHook
 from passl.engine.settings import ReportSettings
 from passl.log import MetricsFile
 from passl.models import RegionTransformer, VisionTransformer
@@ -157,6 +161,25 @@ def test_what_a_map_needs_is_asked_for_before_the_training(
         train_main(["-c", str(folder / "pretrain.yaml"), "-o", f"Global.report={{method: {method}}}"])
     assert ended.value.code == 2
     assert f"method {method} needs {module}, which is not installed: pip install" in capsys.readouterr().err
+
+
+def test_weights_in_half_precision_get_inputs_that_are_cast(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    inside = []
+
+    class HalfPrecision:
+        level = "O2"
+
+        @contextlib.contextmanager
+        def autocast(self) -> Iterator[None]:
+            inside.append("cast")
+            yield
+            inside.append("end")
+
+    monkeypatch.setattr("passl.engine.reporting._write", lambda *_: inside.append("report"))
+    log = SimpleNamespace(folder=tmp_path, writer=None)
+    trainer = SimpleNamespace(step=2, stop_step=2, is_interrupted=False, method=None, precision=HalfPrecision())
+    ReportHook(ReportSettings(), {}, log).after_train(trainer)
+    assert inside == ["cast", "report", "end"]
 
 
 # --- the images ------------------------------------------------------------------------------------------------------
