@@ -24,7 +24,7 @@ GALLERY = "report"  # folder in a run's folder, of what the page shows
 ATTENTION, MAP, MAP_PICTURE, NOTES = "attention.png", "embeddings.fragment.html", "embeddings.png", "notes.json"
 
 _GREATER_IS_BETTER = re.compile(r"top\d|mAP|mP@|J&F")
-_MOST_IN_TITLE = 4
+_MOST_IN_TITLE, _MOST_COLUMNS = 4, 6
 _CONFIGS = ("config.yaml", "eval_config.yaml")
 
 
@@ -137,7 +137,15 @@ def _numbers(runs: Sequence[_Run]) -> str:
         (key, *(_cell(shown[run.name].get(key), best[run.name].get(key)) for run in runs))
         for key in keys
     ]  # fmt: skip
-    return page.heading("Results") + page.table(("", *shown), rows, numbers_from=1)
+    return page.heading("Results") + _beside(runs, rows)
+
+
+def _beside(runs: Sequence[_Run], rows: Sequence[Sequence[str]]) -> str:
+    """Rows of a name and a cell for each run; a table of many runs is turned, for a page is longer than wide."""
+    cells = [("", *(run.name for run in runs)), *rows]
+    if len(runs) > max(_MOST_COLUMNS, len(rows)):
+        cells = list(zip(*cells))
+    return page.table(cells[0], cells[1:], numbers_from=1)
 
 
 def _measured(run: _Run) -> dict[str, float]:
@@ -194,7 +202,7 @@ def _timings(runs: Sequence[_Run]) -> str:
     if not keys:
         return ""
     rows = [(key, *(times.get(key, "") for times in columns)) for key in keys]
-    return page.heading("Timings") + page.table(("", *(run.name for run in runs)), rows, numbers_from=1)
+    return page.heading("Timings") + _beside(runs, rows)
 
 
 def _times(run: _Run) -> dict[str, str]:

@@ -293,6 +293,14 @@ def test_a_run_that_began_elsewhere_counts_its_own_steps(tmp_path: Path) -> None
     assert ">0:00:06</td>" in write_report([tmp_path], tmp_path / "x.html").read_text()
 
 
+def test_a_table_of_many_runs_is_turned(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path, float(number), f"run{number}") for number in range(8)]
+    page = write_report(runs, tmp_path / "x.html").read_text()
+    assert '<tr><th></th><th class="number">top1</th></tr>' in page
+    assert '<td>run7</td><td class="number">7.00 (best 9.00, epoch 2)</td>' in page
+    assert "<h1>8 runs</h1>" in page
+
+
 def test_a_folder_that_is_given_twice_is_one_run(tmp_path: Path) -> None:
     run = write_run(tmp_path, 50.0)
     page = write_report([run, run / ".." / run.name], tmp_path / "x.html").read_text()

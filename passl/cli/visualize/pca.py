@@ -67,10 +67,12 @@ def _positive(text: str) -> int:
 
 def _run(options: argparse.Namespace) -> None:
     from passl import log
+    from passl.checkpoint import CheckpointError
     from passl.config import ConfigError
     from passl.engine.subject import load
     from passl.predict import SourceError, find_files
     from passl.visualize import pca
+    from passl.visualize.principal import NotFiniteError
 
     log.setup()
     image_size = size_of(options, None)
@@ -88,6 +90,8 @@ def _run(options: argparse.Namespace) -> None:
             for features in reader.maps(files):
                 spool.add(features)
             _draw(folder, spool, reader, options)
+        except NotFiniteError as error:
+            raise CheckpointError(str(error)) from error
         except ValueError as error:
             raise ConfigError([str(error)]) from error
     print(f"{len(reader.names)} image{'s' * (len(reader.names) != 1)}: {folder / 'overview.png'}")
