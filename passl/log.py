@@ -108,10 +108,10 @@ def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
     """The rows of a ``metrics.jsonl``, without a last line that a killed process left half written."""
     if not path.is_file():
         return
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             row = json.loads(line)
-        except json.JSONDecodeError:
+        except ValueError:
             continue
         if isinstance(row, dict) and "step" in row:
             yield row

@@ -22,7 +22,13 @@ table {{ border-collapse: collapse; }} td, th {{ padding: .2em 1.4em .2em 0; tex
 th {{ border-bottom: 1px solid #999; font-weight: 600; }} td.number, th.number {{ text-align: right; }}
 td.number {{ font-variant-numeric: tabular-nums; }}
 pre {{ background: #f6f6f4; padding: .9em 1.1em; overflow-x: auto; font-size: .88em; }}
-summary {{ cursor: pointer; }} .good {{ color: #3c7d3c; }} .bad {{ color: #b03a2e; }}
+.wide {{ overflow-x: auto; }} summary {{ cursor: pointer; }}
+@media print {{
+  body {{ max-width: none; margin: 0; }} figure, tr, .passl-map {{ break-inside: avoid; }} h2 {{ break-after: avoid; }}
+  pre {{ white-space: pre-wrap; overflow-wrap: anywhere; }} details::details-content {{ content-visibility: visible; }}
+  details > pre {{ font-size: .7em; }}
+}}
+.good {{ color: #3c7d3c; }} .bad {{ color: #b03a2e; }}
 </style></head><body>
 {body}
 </body></html>
@@ -54,7 +60,8 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], numbers_from: Op
         kinds = [' class="number"' if numbers_from is not None and i >= numbers_from else "" for i in range(len(cells))]
         return f"<tr>{''.join(f'<{tag}{kind}>{html.escape(cell)}</{tag}>' for kind, cell in zip(kinds, cells))}</tr>\n"
 
-    return f"<table>{row(header, 'th')}{''.join(row(cells, 'td') for cells in rows)}</table>\n"
+    content = row(header, "th") + "".join(row(cells, "td") for cells in rows)
+    return f'<div class="wide"><table>{content}</table></div>\n'
 
 
 def folded(summary: str, text: str) -> str:

@@ -195,6 +195,8 @@ def test_features_that_do_not_fit(folder, capsys):
     assert "5 rows for 6 rows of" in problem()[1]
     write_features(folder, ["name"], rows=[["a.png"]] * 6)
     assert "its first line must name the columns, path among them" in problem()[1]
+    (folder / "f.csv").write_bytes("path\ncafé.png\n".encode("latin-1"))
+    assert "f.csv: no table in UTF-8" in problem()[1]
     write_features(folder, ["path"], count=0, rows=[])
     assert "features must be [N, D] with N > 0" in problem()[1]
     write_features(folder, ["path"], rows=[[f"{i}.png"] for i in range(6)])

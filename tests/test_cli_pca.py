@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import paddle
 import pytest
 from PIL import Image
 
@@ -108,6 +109,15 @@ def test_bad_files_and_errors(tmp_path, capsys):
         code, text = error("--output_dir", tmp_path / "out2", *arguments)
         assert code == 2
         assert wanted in text
+
+
+def test_damaged_weights_are_no_mistake_of_the_configuration(tmp_path, capsys, monkeypatch):
+    write_images(tmp_path / "in", [(32, 32)])
+    monkeypatch.setattr("passl.models.tokens.patch_features", lambda *_: paddle.full([1, 4, 4, 12], float("nan")))
+    with pytest.raises(SystemExit) as ended:
+        run("--images", tmp_path / "in", "--output_dir", tmp_path / "out", *NETWORKS["vit"])
+    assert ended.value.code == 1
+    assert "features are not finite" in capsys.readouterr().err
 
 
 def test_output_names():

@@ -7,8 +7,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Optional
@@ -23,10 +22,21 @@ from tqdm import tqdm
 from passl import exported
 from passl.config import component_parts
 from passl.data.arguments import height_and_width
+from passl.data.erasing import RandomErasing
 from passl.data.errors import UnreadableImageError
 from passl.data.multi_crop import MultiCrop
+from passl.data.region_features import RegionMultiCrop
 from passl.data.samples import ImageSamples, Samples
-from passl.data.transforms import Normalize
+from passl.data.transforms import (
+    ColorJitter,
+    Compose,
+    GaussianBlur,
+    Normalize,
+    RandomGrayscale,
+    RandomHorizontalFlip,
+    RandomResizedCrop,
+    Solarize,
+)
 from passl.engine import build
 from passl.engine.report import ATTENTION, GALLERY, MAP, MAP_PICTURE, NOTES
 from passl.engine.settings import ReportSettings
@@ -45,6 +55,7 @@ logger = logging.getLogger("passl")
 _METHODS = {"tsne": "t-SNE", "umap": "UMAP", "pca": "PCA"}
 _BATCH = 32
 _THUMBNAIL = 40  # pixels
+_RANDOM = (RandomHorizontalFlip, ColorJitter, RandomGrayscale, GaussianBlur, Solarize, RandomErasing)
 _LEAST_GRID = 12  # cells of an attention map's shorter side: coarser ones show little
 
 
@@ -61,23 +72,32 @@ def dataset_of(config: Mapping[str, Any]) -> Optional[Samples]:
         return None
     dataset = build.component(found[0], DATASETS, found[1])
     steps = component_parts(found[0])[1].get("transform")
-    if steps is None and isinstance(dataset, ImageSamples):
-        dataset.transform = exported.transform(exported.standard_preprocessing(224, 224))
-    if isinstance(steps, Mapping) and component_parts(steps)[0] == MultiCrop.__name__:
-        views = inspect.signature(MultiCrop).bind(**component_parts(steps)[1])
+    _leave_augmentation_out(dataset, steps if isinstance(steps, list) else [steps] if steps else [])
+    return dataset
+
+
+def _leave_augmentation_out(dataset: Any, steps: Sequence[Mapping[str, Any]]) -> None:
+    """steps: of the transform, as the configuration has them."""
+    names = [component_parts(step)[0] for step in steps]
+    if MultiCrop.__name__ in names:
+        views = inspect.signature(MultiCrop).bind(**component_parts(steps[names.index(MultiCrop.__name__)])[1])
         views.apply_defaults()
         sides = height_and_width(views.arguments["global_crops_size"])
         statistics = views.arguments["mean"], views.arguments["std"]
         dataset.transform = exported.transform(exported.standard_preprocessing(*sides, *statistics))
-    return dataset
-
-
-@dataclass
-class _Shown:
-    """Images as the network sees them [N, C, H, W], and whose they are."""
-
-    images: np.ndarray
-    indices: list[int]
+    elif RegionMultiCrop.__name__ in names:
+        dataset.transform = None
+    elif not names and isinstance(dataset, ImageSamples):
+        dataset.transform = exported.transform(exported.standard_preprocessing(224, 224))
+    elif isinstance(dataset.transform, Compose):
+        kept = []
+        for step in dataset.transform.transforms:
+            if isinstance(step, RandomResizedCrop):
+                height, width = step.size
+                kept += exported.transform(exported.standard_preprocessing(height, width)[:-2]).transforms
+            elif not isinstance(step, _RANDOM):
+                kept.append(step)
+        dataset.transform = Compose(kept)
 
 
 class Gallery:
@@ -95,34 +115,49 @@ class Gallery:
         self.notes: dict[str, Any] = {"seconds": {}}
 
     @paddle.no_grad()
-    def make(self, backbone: nn.Layer, dataset: Samples, step: int) -> None:
-        """Draw all of it; the backbone is in eval mode afterwards. step: of the run, for VisualDL."""
+    def make(self, backbone: nn.Layer, config: Mapping[str, Any], step: int) -> None:
+        """Draw all of it; the backbone is in eval mode afterwards.
+
+        Args:
+            config: of the run, for its images.
+            step: of the run, for VisualDL.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
         for old in (ATTENTION, MAP, MAP_PICTURE, NOTES):
             (self.folder / old).unlink(missing_ok=True)
         backbone.eval()
+        dataset, problem = None, "the configuration names no images (DataLoader, or a data set of an evaluator)"
+        try:
+            dataset = dataset_of(config)
+        except (ValueError, OSError) as error:
+            problem = str(error)
         for name, draw in (("attention", self._attention), ("map", self._map)):
             started = time.perf_counter()
             try:
+                if dataset is None:
+                    raise ValueError(problem)
                 draw(backbone, dataset, step)
-            except ValueError as error:  # a backbone, or images, of which there is no such picture
+            except Exception as error:  # such a backbone, or such images; the other parts of the page do not need it
                 self.notes[f"no_{name}"] = f"none: {error}"
-                logger.info("report: no %s (%s)", name, error)
+                expected = isinstance(error, (ValueError, OSError))
+                logger.log(
+                    logging.INFO if expected else logging.ERROR, "report: no %s (%s)", name, error,
+                    exc_info=None if expected else error,
+                )  # fmt: skip
             self.notes["seconds"][f"report: {name}"] = time.perf_counter() - started
         with replacing(self.folder / NOTES) as file:
             file.write(json.dumps(self.notes, indent=2).encode())
 
     def _attention(self, backbone: nn.Layer, dataset: Samples, step: int) -> None:
-        shown = _load(dataset, self.settings.images, "report: images")
         pictures = []
-        for tensor in shown.images:
-            image = paddle.to_tensor(tensor[None])
+        for _, array in _images(dataset, self.settings.images, "report: images"):
+            image = paddle.to_tensor(array[None])
             maps = cls_attention(backbone, image)
             enlarged = math.ceil(_LEAST_GRID / min(maps.shape[2:]))
             if enlarged > 1:
                 image = F.interpolate(image, scale_factor=enlarged, mode="bicubic")
                 maps = cls_attention(backbone, image)
-            pictures.append(overview(_visible(image[0].numpy(), dataset), maps[0].numpy()))
+            pictures.append(overview(_visible(image[0].numpy(), dataset), maps[0].astype("float32").numpy()))
         picture = stacked(pictures)
         picture.save(self.folder / ATTENTION)
         self.notes["attention"] = (
@@ -131,24 +166,27 @@ class Gallery:
         self._show("report/attention", picture, step)
 
     def _map(self, backbone: nn.Layer, dataset: Samples, step: int) -> None:
-        shown = _load(dataset, self.settings.points, "report: images for the map")
-        features = []
-        batches = range(0, len(shown.indices), _BATCH)
-        for start in tqdm(batches, desc="report: features", unit="batch", leave=False, disable=None):
-            images = paddle.to_tensor(shown.images[start : start + _BATCH])
-            features.append(functional.normalize(backbone(images).astype("float32")).numpy())
-        rows = np.concatenate(features)
+        indices: list[int] = []
+        features, thumbnails, batch = [], [], []
+        count = min(self.settings.points, len(dataset))
+        for index, image in _images(dataset, count, "report: features"):
+            indices.append(index)
+            thumbnails.append(_thumbnail(_visible(image, dataset)))
+            batch.append(image)
+            if len(batch) == _BATCH:
+                features.append(_features(backbone, batch))
+                batch = []
+        rows = np.concatenate([*features, _features(backbone, batch)] if batch else features)
         method = self.settings.method
         if method == "auto":
             method = "tsne" if find_spec("sklearn") else "pca"
         points = project(rows, method)
-        labels = None if dataset.labels is None else np.asarray(dataset.labels)[shown.indices]
-        names = [dataset.describe(index) for index in shown.indices]
-        thumbnails = [_thumbnail(_visible(image, dataset)) for image in shown.images]
-        fragment = scatter_fragment(points, labels, dataset.class_names, names, thumbnails)
+        labels, class_names = _classes(dataset, indices)
+        names = [dataset.describe(index) for index in indices]
+        fragment = scatter_fragment(points, labels, class_names, names, thumbnails)
         with replacing(self.folder / MAP) as file:
             file.write(fragment.encode())
-        picture = scatter_picture(points, labels, dataset.class_names, thumbnails)
+        picture = scatter_picture(points, labels, class_names, thumbnails)
         picture.save(self.folder / MAP_PICTURE)
         self.notes["map"] = (
             f"{len(rows)} images by their features of {rows.shape[1]} numbers at length 1, laid out by "
@@ -156,7 +194,7 @@ class Gallery:
         )
         self._show("report/embeddings", picture, step)
         if self.writer is not None:
-            kinds = names if labels is None else [_class(dataset, label) for label in labels]
+            kinds = names if labels is None else [class_names[label] if label >= 0 else "no class" for label in labels]
             self.writer.add_embeddings("report/features", mat=rows.tolist(), metadata=kinds)
 
     def _show(self, tag: str, picture: Image.Image, step: int) -> None:
@@ -164,40 +202,51 @@ class Gallery:
             self.writer.add_image(tag, np.asarray(picture.convert("RGB")), step)
 
 
-def _class(dataset: Samples, label: int) -> str:
-    return dataset.class_names[label] if 0 <= label < len(dataset.class_names) else str(label)
+def _features(backbone: nn.Layer, images: Sequence[np.ndarray]) -> np.ndarray:
+    return functional.normalize(backbone(paddle.to_tensor(np.stack(images))).astype("float32")).numpy()
 
 
-def _load(dataset: Samples, count: int, title: str) -> _Shown:
-    """``count`` readable images, drawn evenly from all; the same at each call.
+def _classes(dataset: Samples, indices: Sequence[int]) -> tuple[Optional[np.ndarray], list[str]]:
+    """Numbers of the class names (-1: none) of some samples, and the names: the labels themselves where there are no
+    others.
+    """
+    if dataset.labels is None:
+        return None, []
+    labels = np.asarray(dataset.labels)
+    if dataset.class_names:
+        return labels[indices], dataset.class_names
+    used = np.unique(labels)
+    return np.searchsorted(used, labels[indices]), [str(label) for label in used]
+
+
+def _images(dataset: Samples, count: int, title: str) -> Iterator[tuple[int, np.ndarray]]:
+    """``count`` readable images [C, H, W] and their numbers, drawn evenly from all; the same at each call.
 
     Raises:
-        ValueError: there are none, or they differ in size.
+        ValueError: there are none, they differ in size, or they are no images.
     """
-    order = np.random.default_rng(0).permutation(len(dataset))
-    images, indices = [], []
+    order = np.random.default_rng(0).permutation(len(dataset)).tolist()
+    found, shape = 0, ()
     with tqdm(total=min(count, len(order)), desc=title, unit="image", leave=False, disable=None) as bar:
-        for index in map(int, order):
-            if len(images) == count:
-                break
+        for index in [*sorted(order[:count]), *order[count:]]:  # the others stand in for unreadable ones
+            if found == count:
+                return
             try:
                 content = dataset.content(index, np.random.default_rng([0, index]))
             except UnreadableImageError as error:
                 logger.warning("report: left out: %s", error)
                 continue
-            images.append(np.asarray(content["image"], np.float32))
-            indices.append(index)
+            image = np.asarray(content.get("image"), np.float32)
+            if image.ndim != 3:
+                raise ValueError(f"the samples are no images [C, H, W], but have the shape {list(image.shape)}")
+            if found and image.shape != shape:
+                wanted = "give the data set a transform that makes sizes equal, such as CenterCrop"
+                raise ValueError(f"the images differ in size: {wanted}")
+            shape, found = image.shape, found + 1
             bar.update()
-    if not images:
+            yield index, image
+    if not found:
         raise ValueError("there are no images that can be read")
-    if len({image.shape for image in images}) > 1:
-        raise ValueError(
-            "the images differ in size: give the data set a transform that makes sizes equal, such as CenterCrop"
-        )
-    if images[0].ndim != 3:
-        raise ValueError(f"the samples are no images [C, H, W], but have the shape {list(images[0].shape)}")
-    by_index = np.argsort(indices)
-    return _Shown(np.stack(images)[by_index], [indices[i] for i in by_index])
 
 
 def _visible(image: np.ndarray, dataset: Samples) -> np.ndarray:
@@ -207,7 +256,7 @@ def _visible(image: np.ndarray, dataset: Samples) -> np.ndarray:
         if isinstance(step, Normalize):
             image = image * step.std + step.mean
     if image.shape[0] != 3:
-        image = np.repeat(image[:1], 3, axis=0)
+        image = image[:3] if image.shape[0] > 3 else np.repeat(image[:1], 3, axis=0)
     low, high = (0.0, 1.0) if image.min() > -0.5 and image.max() < 1.5 else (image.min(), image.max())
     scaled = (image - low) / max(high - low, 1e-12)
     return (scaled.clip(0, 1) * 255).round().astype(np.uint8).transpose(1, 2, 0)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,12 +17,14 @@ from passl.doctor.finding import HEALTHY
 from passl.doctor.reading import UnreadableRunError, read_run
 from passl.doctor.verdict import diagnose
 from passl.log import duration, read_metrics
-from passl.visualize.curves import draw_run, metric_families
+from passl.visualize.curves import NOT_METRICS, draw_run, metric_families
 
 REPORT = "report.html"
 GALLERY = "report"  # folder in a run's folder, of what the page shows
 ATTENTION, MAP, MAP_PICTURE, NOTES = "attention.png", "embeddings.fragment.html", "embeddings.png", "notes.json"
 
+_GREATER_IS_BETTER = re.compile(r"top\d|mAP|mP@|J&F")
+_MOST_IN_TITLE, _MOST_COLUMNS = 4, 6
 _CONFIGS = ("config.yaml", "eval_config.yaml")
 
 
@@ -49,14 +53,16 @@ def write_report(folders: Sequence[Path], target: Path, title: Optional[str] = N
     Raises:
         ReportError: a folder is missing, or holds no run.
     """
-    runs = [_read(Path(folder)) for folder in folders]
+    runs = [_read(Path(folder)) for folder in {Path(folder).resolve(): folder for folder in folders}.values()]
     names = _distinct([run.folder for run in runs])
     for run, name in zip(runs, names):
         run.name = name
-    title = title or ", ".join(names)
+    if title is None:
+        title = ", ".join(names) if len(names) <= _MOST_IN_TITLE else f"{len(names)} runs"
     body = [page.heading(title, 1), *map(_verdict, runs)]
     body += [_numbers(runs), *map(_curves, runs), *map(_attention, runs), *map(_map, runs)]
-    body += [_timings(runs), page.heading("Configuration"), *map(_configuration, runs), _versions()]
+    configurations = [page.folded(run.name, run.config) for run in runs if run.config]
+    body += [_timings(runs), *[page.heading("Configuration")][: len(configurations)], *configurations, _versions()]
     return page.write(target, page.page(title, "".join(body)))
 
 
@@ -66,7 +72,8 @@ def write_report(folders: Sequence[Path], target: Path, title: Optional[str] = N
 def _read(folder: Path) -> _Run:
     if not folder.is_dir():
         raise ReportError(f"{folder}: no such folder; give that of a run of passl-train or passl-eval")
-    run = _Run(folder, folder.name, list(read_metrics(folder / "metrics.jsonl")))
+    rows = [row for row in read_metrics(folder / "metrics.jsonl") if isinstance(row["step"], int)]
+    run = _Run(folder, folder.name, rows)
     run.results = {key: value for key, value in _json(folder / "eval.json").items() if isinstance(value, (int, float))}
     run.notes = _json(folder / GALLERY / NOTES)
     if not run.rows and not run.results:
@@ -124,29 +131,39 @@ def _numbers(runs: Sequence[_Run]) -> str:
         key for family in metric_families([numbers for numbers in shown.values() if numbers]).values() for key in family
     ]
     if not keys:
-        return page.note("Nothing was measured: the configuration has no Evaluators and no DataLoader.Eval.")
+        return page.note("Nothing was measured: no Evaluators, no DataLoader.Eval, or eval_during_train is false.")
     best = {run.name: _best(run) for run in runs}
     rows = [
         (key, *(_cell(shown[run.name].get(key), best[run.name].get(key)) for run in runs))
         for key in keys
     ]  # fmt: skip
-    return page.heading("Results") + page.table(("", *shown), rows, numbers_from=1)
+    return page.heading("Results") + _beside(runs, rows)
+
+
+def _beside(runs: Sequence[_Run], rows: Sequence[Sequence[str]]) -> str:
+    """Rows of a name and a cell for each run; a table of many runs is turned, for a page is longer than wide."""
+    cells = [("", *(run.name for run in runs)), *rows]
+    if len(runs) > max(_MOST_COLUMNS, len(rows)):
+        cells = list(zip(*cells))
+    return page.table(cells[0], cells[1:], numbers_from=1)
 
 
 def _measured(run: _Run) -> dict[str, float]:
     measured = [row for row in run.rows if row.get("phase") == "eval"]
-    last = {key: row[key] for row in measured for key in row if key not in ("step", "epoch", "phase", "seconds")}
+    last = {key: row[key] for row in measured for key in row if key not in NOT_METRICS}
     return {**last, **run.results}
 
 
 def _best(run: _Run) -> dict[str, tuple[float, int]]:
-    """The largest value of each accuracy, with its epoch."""
+    """The largest value of each number of which more is better, with its epoch."""
     found: dict[str, tuple[float, int]] = {}
     for row in run.rows:
-        if row.get("phase") == "eval":
-            for key, value in row.items():
-                if "top" in key and isinstance(value, (int, float)) and value > found.get(key, (float("-inf"), 0))[0]:
-                    found[key] = (value, row.get("epoch", 0))
+        values = row.items() if row.get("phase") == "eval" else ()
+        for key, value in values:
+            if not _GREATER_IS_BETTER.search(key) or not isinstance(value, (int, float)):
+                continue
+            if value > found.get(key, (float("-inf"), 0))[0]:
+                found[key] = (value, row.get("epoch", 0))
     return found
 
 
@@ -154,7 +171,7 @@ def _cell(value: Any, best: Optional[tuple[float, int]]) -> str:
     if not isinstance(value, (int, float)):
         return ""
     text = f"{value:.4f}" if abs(value) < 1 else f"{value:.2f}"
-    return f"{text} (best {best[0]:.2f}, epoch {best[1]})" if best and best[0] > value else text
+    return f"{text} (best {best[0]:.2f}, epoch {best[1]})" if best and not best[0] <= value else text
 
 
 def _curves(run: _Run) -> str:
@@ -185,21 +202,24 @@ def _timings(runs: Sequence[_Run]) -> str:
     if not keys:
         return ""
     rows = [(key, *(times.get(key, "") for times in columns)) for key in keys]
-    return page.heading("Timings") + page.table(("", *(run.name for run in runs)), rows, numbers_from=1)
+    return page.heading("Timings") + _beside(runs, rows)
 
 
 def _times(run: _Run) -> dict[str, str]:
-    train = [row for row in run.rows if row.get("phase") == "train" and "batch_cost" in row]
+    train = [row for row in run.rows if row.get("phase") == "train" and _is_finite(row.get("batch_cost"))]
     times: dict[str, str] = {}
-    if train:
-        steps = [row["step"] - before["step"] for before, row in zip([{"step": 0}, *train], train)]
+    numbers = [row["step"] for row in train]
+    # The first line of a run that began in another folder counts for as many steps as the second.
+    begin = max(0, 2 * numbers[0] - numbers[1]) if len(numbers) > 1 else 0
+    steps = [after - before for before, after in zip([begin, *numbers], numbers)]
+    if sum(steps) > 0:
         seconds = sum(count * row["batch_cost"] for count, row in zip(steps, train))
         waited = sum(count * row.get("reader_cost", 0.0) for count, row in zip(steps, train))
         times["steps"] = str(train[-1]["step"])
         times["training, without evaluation"] = duration(seconds)
         times["images per second"] = f"{sum(c * r.get('ips', 0.0) for c, r in zip(steps, train)) / sum(steps):.1f}"
         times["of it waiting for data"] = f"{100 * waited / seconds:.1f} %" if seconds else ""
-    measured = [row["seconds"] for row in run.rows if row.get("phase") == "eval" and "seconds" in row]
+    measured = [row["seconds"] for row in run.rows if row.get("phase") == "eval" and _is_finite(row.get("seconds"))]
     if measured:
         times["evaluations"] = f"{len(measured)}, {duration(sum(measured))}"
     for what, taken in _mapping(run.notes.get("seconds")).items():
@@ -208,11 +228,11 @@ def _times(run: _Run) -> dict[str, str]:
 
 
 def _mapping(value: Any) -> Mapping[str, float]:
-    return {key: one for key, one in value.items() if isinstance(one, (int, float))} if isinstance(value, dict) else {}
+    return {key: one for key, one in value.items() if _is_finite(one)} if isinstance(value, dict) else {}
 
 
-def _configuration(run: _Run) -> str:
-    return page.folded(run.name, run.config) if run.config else ""
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
 
 
 def _versions() -> str:

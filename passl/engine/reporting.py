@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 from paddle import nn
 
 from passl import distributed
-from passl.engine.gallery import Gallery, dataset_of
+from passl.engine.gallery import Gallery
 from passl.engine.hooks import LogHook
-from passl.engine.report import REPORT, write_report
+from passl.engine.report import GALLERY, REPORT, write_report
 from passl.engine.settings import ReportSettings
 from passl.engine.trainer import Trainer
 from passl.models.method import Method
@@ -42,7 +43,10 @@ class ReportHook:
         if trainer.step < trainer.stop_step or trainer.is_interrupted:
             return
         if distributed.is_main():
-            _write(self.settings, self.config, trainer.method, self.log.folder, trainer.step, self.log.writer)
+            # Weights that were cast to half precision need inputs that are cast too.
+            half = trainer.precision.level == "O2"
+            with trainer.precision.autocast() if half else contextlib.nullcontext():
+                _write(self.settings, self.config, trainer.method, self.log.folder, trainer.step, self.log.writer)
         distributed.barrier()
 
 
@@ -52,29 +56,45 @@ def report_evaluation(
     model: nn.Layer,
     folder: Path,
     results: Mapping[str, float],
+    seconds: float,
     use_visualdl: bool,
 ) -> None:
-    """The report of passl-eval; on the first process."""
+    """The report of passl-eval, whose evaluators took ``seconds``; on the first process."""
     if not use_visualdl:
-        _write(settings, config, model, folder, 0, None)
+        _write(settings, config, model, folder, 0, None, seconds)
         return
     from visualdl import LogWriter
 
     with LogWriter(logdir=str(folder / "vdl")) as writer:
         for name, value in results.items():
             writer.add_scalar(tag=f"eval/{name}", step=0, value=value)
-        _write(settings, config, model, folder, 0, writer)
+        _write(settings, config, model, folder, 0, writer, seconds)
 
 
 def _write(
-    settings: ReportSettings, config: Mapping[str, Any], model: nn.Layer, folder: Path, step: int, writer: Any
+    settings: ReportSettings,
+    config: Mapping[str, Any],
+    model: nn.Layer,
+    folder: Path,
+    step: int,
+    writer: Any,
+    seconds: Optional[float] = None,
 ) -> None:
     """What goes wrong here is said, and does not fail a run whose results are there already."""
     backbone = model.backbone if isinstance(model, Method) else model
-    try:
-        dataset = dataset_of(config)
-        if dataset is not None:
-            Gallery(settings, folder, writer).make(backbone, dataset, step)
+    with _only_said(folder / GALLERY):
+        gallery = Gallery(settings, folder, writer)
+        if seconds is not None:
+            gallery.notes["seconds"]["evaluators"] = seconds
+        gallery.make(backbone, config, step)
+    with _only_said(folder / REPORT):
         logger.info("report: %s", write_report([folder], folder / REPORT))
-    except (ValueError, OSError) as error:
-        logger.error("%s was not written: %s", folder / REPORT, error)
+
+
+@contextlib.contextmanager
+def _only_said(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        expected = isinstance(error, (ValueError, OSError))
+        logger.error("%s was not written: %s", path, error, exc_info=None if expected else error)

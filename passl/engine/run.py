@@ -7,6 +7,7 @@ import functools
 import json
 import logging
 import math
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Optional
@@ -265,6 +266,7 @@ def evaluate_config(config: Config, source: Config) -> dict[str, float]:
         if isinstance(evaluator, Classification):
             evaluator.writes_files = True
     file_index.save()
+    started = time.perf_counter()
     results: dict[str, float] = {}
     for evaluator in found:
         if evaluator.subject == "backbones" and "student" in evaluator.models and not is_whole:
@@ -289,7 +291,8 @@ def evaluate_config(config: Config, source: Config) -> dict[str, float]:
         (folder / "eval_config.yaml").write_text(to_yaml(source), encoding="utf-8")
         logger.info("written to %s", target)
         if settings.report:
-            report_evaluation(settings.report, config, model, folder, results, settings.use_visualdl)
+            seconds = time.perf_counter() - started
+            report_evaluation(settings.report, config, model, folder, results, seconds, settings.use_visualdl)
     return results
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import Any, Literal, Optional, Union
 
 import passl.data
@@ -30,6 +31,10 @@ class ReportSettings:
         for name in ("images", "points"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} ({getattr(self, name)}) must be at least 1")
+        # Here, for the first to need it comes after the training.
+        module = {"tsne": "sklearn", "umap": "umap"}.get(self.method)
+        if module and find_spec(module) is None:
+            raise ValueError(f'method {self.method} needs {module}, which is not installed: pip install "passl[viz]"')
 
 
 @dataclass

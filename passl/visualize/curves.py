@@ -15,7 +15,7 @@ _LOSS, _METRIC, _BASELINE = "#2f6f9f", "#c2542d", "#555555"
 _STYLES = ("--", ":", "-.")
 _LINES = ("#c2542d", "#2f6f9f", "#5a8f3c", "#7a5aa0", "#b08a2e", "#4aa3a3")
 _MOST_POINTS = 600  # of a drawn line
-_NOT_METRICS = ("step", "epoch", "phase", "seconds")
+NOT_METRICS = ("step", "epoch", "phase", "seconds", "early_stopping_counter", "early_stopping_stopped")
 
 
 def plot_run(folder: Path, target: Path, metric: str, baselines: Optional[Mapping[str, float]] = None) -> Path:
@@ -86,6 +86,8 @@ def draw_run(rows: Sequence[Mapping[str, Any]]) -> Any:
             continue
         for key, colour in zip(keys, itertools.cycle(_LINES)):
             points = [(row["step"] / scale, row[key]) for row in source if isinstance(row.get(key), (int, float))]
+            if not points:
+                continue
             points = points[:: math.ceil(len(points) / _MOST_POINTS)]
             style = "o-" if len(points) < 60 else "-"
             axes.plot(*zip(*points), style, color=colour, ms=3, lw=1.3, label=key.replace(title, "").strip("_") or key)
@@ -102,7 +104,7 @@ def draw_run(rows: Sequence[Mapping[str, Any]]) -> Any:
 def metric_families(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
     """The measured numbers by what they are: ``knn_top1`` -> ``knn_top1_k10``, ``knn_top1_k20`` ..."""
     families: dict[str, list[str]] = {}
-    for key in dict.fromkeys(key for row in rows for key in row if key not in _NOT_METRICS):
+    for key in dict.fromkeys(key for row in rows for key in row if key not in NOT_METRICS):
         if any(isinstance(row.get(key), (int, float)) for row in rows):
             families.setdefault(re.sub(r"_k\d+$", "", key), []).append(key)
     return families

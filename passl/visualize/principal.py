@@ -12,6 +12,10 @@ _NOISE = 1e-11
 _TIE = 1e-4
 
 
+class NotFiniteError(ValueError):
+    """Features that hold NaN or infinity."""
+
+
 @dataclass
 class Components:
     """The main directions of a set of rows.
@@ -44,11 +48,11 @@ class Moments:
         """rows: [N, D], any N
 
         Raises:
-            ValueError: a value is not finite.
+            NotFiniteError: a value is not finite.
         """
         rows = np.asarray(rows, np.float64)
         if not np.isfinite(rows).all():
-            raise ValueError("features are not finite: the weights are damaged, or of another network")
+            raise NotFiniteError("features are not finite: the weights are damaged, or of another network")
         if not len(rows):
             return
         mean = rows.mean(axis=0)
@@ -79,7 +83,8 @@ def components_of(rows: np.ndarray, number: int) -> Components:
     """The first ``number`` directions of rows [N, D], N >= 1: by the smaller one of their two products.
 
     Raises:
-        ValueError: there are no rows, or a value is not finite.
+        ValueError: there are no rows.
+        NotFiniteError: a value is not finite.
     """
     rows = np.asarray(rows, np.float64)
     count, width = rows.shape
@@ -88,7 +93,7 @@ def components_of(rows: np.ndarray, number: int) -> Components:
         moments.add(rows)
         return moments.components(number)
     if not np.isfinite(rows).all():
-        raise ValueError("features are not finite: the weights are damaged, or of another network")
+        raise NotFiniteError("features are not finite: the weights are damaged, or of another network")
     mean = rows.mean(axis=0)
     centred = rows - mean
     values, vectors = np.linalg.eigh(centred @ centred.T / count)

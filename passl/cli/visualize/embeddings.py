@@ -80,6 +80,8 @@ def _run(options: argparse.Namespace) -> None:
     log.setup()
     _check(options)
     require_method(options.method)
+    folder = Path(options.output_dir).expanduser()
+    folder.mkdir(parents=True, exist_ok=True)  # before hours of features and t-SNE, not after
     table = _table(options)
     for problem in table.unreadable:
         print(f"left out: {log.harmless(problem)}", file=sys.stderr)
@@ -88,14 +90,13 @@ def _run(options: argparse.Namespace) -> None:
         points = project(table.features, options.method, options.seed, options.perplexity)
     except ValueError as error:
         raise ConfigError([str(error)]) from error
-    folder = Path(options.output_dir).expanduser()
-    folder.mkdir(parents=True, exist_ok=True)
     classes = "" if table.labels is None else f" of {len(set(table.labels.tolist()) - {-1})} classes"
     _write_picture(folder / "embeddings.png", table, points, options)
     _write_page(folder / "embeddings.html", table, points)
     _write_csv(folder / "embeddings.csv", table, points)
     _write_visualdl(folder / "vdl", table)
-    print(f"{len(points)} images{classes}, {_NAMES[options.method]} of {table.features.shape[1]} features: {folder}")
+    method, width = _NAMES[options.method], table.features.shape[1]
+    print(f"{len(points)} image{'s' * (len(points) != 1)}{classes}, {method} of {width} features: {folder}")
     for name in ("embeddings.png", "embeddings.html", "embeddings.csv"):
         print(f"  {folder / name}")
     print(f"  visualdl --logdir {folder / 'vdl'}")

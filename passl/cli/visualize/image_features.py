@@ -232,19 +232,22 @@ def _add_thumbnails(table: Table, root: Path, options: Any) -> None:
 def _index(path: Path, count: int) -> tuple[list[str], Optional[np.ndarray], list[str]]:
     """Names, labels and class names of the rows: from the .csv or the .txt (of ``passl-predict``) beside the file."""
     table, lines = path.with_suffix(".csv"), path.with_suffix(".txt")
-    if table.is_file():
-        with table.open(encoding="utf-8", newline="") as file:
-            reader = csv.DictReader(file)
-            rows = list(reader)
-            columns = reader.fieldnames or []
-        if "path" not in columns:
-            raise ConfigError([f"{table}: its first line must name the columns, path among them"])
-    elif lines.is_file():
-        rows, columns = [{"path": line} for line in lines.read_text(encoding="utf-8").splitlines()], ["path"]
-    else:
+    source = table if table.is_file() else lines
+    if not source.is_file():
         raise ConfigError([f"{path}: there is no {table.name} beside it, which says of each row whose it is"])
+    try:
+        with source.open(encoding="utf-8", newline="") as file:
+            if source is table:
+                reader = csv.DictReader(file)
+                rows, columns = list(reader), reader.fieldnames or []
+            else:
+                rows, columns = [{"path": line} for line in file.read().splitlines()], ["path"]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ConfigError([f"{source}: no table in UTF-8 ({error})"]) from error
+    if "path" not in columns:
+        raise ConfigError([f"{source}: its first line must name the columns, path among them"])
     if len(rows) != count:
-        raise ConfigError([f"{table if table.is_file() else lines}: {len(rows)} rows for {count} rows of {path}"])
+        raise ConfigError([f"{source}: {len(rows)} rows for {count} rows of {path}"])
     names = [row["path"] or "" for row in rows]
     key = "class" if "class" in columns else "label" if "label" in columns else None
     if key is None:

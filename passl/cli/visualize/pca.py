@@ -13,6 +13,7 @@ from PIL import Image
 
 from passl.cli import subject
 from passl.cli.common import RUN_ERROR
+from passl.cli.visualize.attention import add_image_size, size_of
 
 _HELP = """\
 What a network sees in each patch, as colours: the first three principal components of the features of all patches.
@@ -44,10 +45,7 @@ def add_to(commands: Any) -> None:
         help="images, folders of them (with all below), patterns in quotes",
     )  # fmt: skip
     add("--output_dir", "--output-dir", default="output/pca", metavar="DIR", help="default: %(default)s")
-    add(
-        "--image_size", "--image-size", nargs="+", type=_sides, metavar="N",
-        help="one number: of the shorter side; two, or 480x640: height and width (default: as it is, at most 448)",
-    )  # fmt: skip
+    add_image_size(parser, "as it is, at most 448")
     add("--layer", type=int, default=-1, metavar="N", help="number of the block, negative from the end (default: last)")
     add("--per_image", "--per-image", action="store_true", help="components of each image alone: colours differ")
     add("--foreground", action="store_true", help="leave out the background, as the first component shows it")
@@ -67,21 +65,17 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-def _sides(text: str) -> list[int]:
-    return [_positive(side) for side in text.split("x")]
-
-
 def _run(options: argparse.Namespace) -> None:
     from passl import log
+    from passl.checkpoint import CheckpointError
     from passl.config import ConfigError
     from passl.engine.subject import load
     from passl.predict import SourceError, find_files
     from passl.visualize import pca
+    from passl.visualize.principal import NotFiniteError
 
     log.setup()
-    given = [side for sides in options.image_size or [] for side in sides]
-    if len(given) > 2:
-        raise ConfigError([f"--image_size {' '.join(map(str, given))}: one number, or height and width"])
+    image_size = size_of(options, None)
     network = load(subject.config_of(options), "looking at")
     try:
         # In one order, whatever the order of the options: sums have the same last digit then.
@@ -91,14 +85,16 @@ def _run(options: argparse.Namespace) -> None:
     folder = Path(options.output_dir).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
     with pca.Spool(folder) as spool:
-        reader = _Reader(network, given, options, len(files))
+        reader = _Reader(network, image_size, options, len(files))
         try:
             for features in reader.maps(files):
                 spool.add(features)
             _draw(folder, spool, reader, options)
+        except NotFiniteError as error:
+            raise CheckpointError(str(error)) from error
         except ValueError as error:
             raise ConfigError([str(error)]) from error
-    print(f"{len(reader.names)} images: {folder / 'overview.png'}")
+    print(f"{len(reader.names)} image{'s' * (len(reader.names) != 1)}: {folder / 'overview.png'}")
     for problem in reader.unreadable:
         print(f"left out: {log.harmless(problem)}", file=sys.stderr)
     if reader.unreadable:
@@ -160,7 +156,7 @@ class _Reader:
         unreadable: what is wrong with the others.
     """
 
-    def __init__(self, network: Any, image_size: Sequence[int], options: argparse.Namespace, count: int) -> None:
+    def __init__(self, network: Any, image_size: Any, options: argparse.Namespace, count: int) -> None:
         self.names: list[str] = []
         self.sizes: list[tuple[int, int]] = []
         self.shown: dict[int, Image.Image] = {}
@@ -215,10 +211,9 @@ class _Reader:
         from passl.data.image_io import UnreadableImageError
 
         height, width = image.size[::-1] if isinstance(image, Image.Image) else image.shape[:2]
-        if len(self._image_size) == 2:
-            wanted = tuple(self._image_size)
-        else:
-            shorter = self._image_size[0] if self._image_size else min(_LARGEST, height, width)
+        wanted = self._image_size
+        if not isinstance(wanted, list):
+            shorter = wanted or min(_LARGEST, height, width)
             wanted = (height * shorter / min(height, width), width * shorter / min(height, width))
         backbone = self._network.backbone
         owner = backbone if hasattr(backbone, "patch_size") else getattr(backbone, "patch_embed", None)  # XCiT's
