@@ -170,6 +170,9 @@ def test_features_with_a_table(folder):
     assert data_of(folder / "out")["sheets"] == []
     run("--features", folder / "f.npy", "--images", folder / "in", "--output_dir", folder / "out")
     assert data_of(folder / "out")["thumbnails"] == list(range(6))
+    (folder / "f.csv").rename(folder / "index.csv")  # as passl-eval features has it
+    run("--features", folder / "f.npy", "--output_dir", folder / "out2")
+    assert table(folder / "out2") == table(folder / "out")
 
 
 def test_labels_without_names_are_numbers(folder):
@@ -205,7 +208,7 @@ def test_features_that_do_not_fit(folder, capsys):
     np.save(folder / "f.npy", features)
     assert "the features of 1 rows are not finite: 3.png" in problem()[1]
     (folder / "f.csv").unlink()
-    assert "there is no f.csv beside it" in problem()[1]
+    assert "there is no f.csv or index.csv beside it" in problem()[1]
 
 
 @pytest.mark.parametrize(

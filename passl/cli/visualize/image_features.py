@@ -230,14 +230,18 @@ def _add_thumbnails(table: Table, root: Path, options: Any) -> None:
 
 
 def _index(path: Path, count: int) -> tuple[list[str], Optional[np.ndarray], list[str]]:
-    """Names, labels and class names of the rows: from the .csv or the .txt (of ``passl-predict``) beside the file."""
+    """Names, labels and class names of the rows: from the .csv beside the file, that of all arrays in the folder
+    (``passl-eval features``), or the .txt of ``passl-predict``.
+    """
     table, lines = path.with_suffix(".csv"), path.with_suffix(".txt")
-    source = table if table.is_file() else lines
-    if not source.is_file():
-        raise ConfigError([f"{path}: there is no {table.name} beside it, which says of each row whose it is"])
+    source = next((one for one in (table, path.with_name("index.csv"), lines) if one.is_file()), None)
+    if source is None:
+        raise ConfigError(
+            [f"{path}: there is no {table.name} or index.csv beside it, which says of each row whose it is"]
+        )
     try:
         with source.open(encoding="utf-8", newline="") as file:
-            if source is table:
+            if source is not lines:
                 reader = csv.DictReader(file)
                 rows, columns = list(reader), reader.fieldnames or []
             else:
