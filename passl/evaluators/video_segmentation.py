@@ -152,6 +152,8 @@ class VideoSegmentation(Evaluator):
             _check_size(pixels[..., 0], first.shape, frame, "its sequence's first mask")
             images = cut_to_patches(self._tensor(pixels), side)
             features = patch_features(model, images)[0]
+            if not paddle.isfinite(features).all():
+                raise ValueError(f"features of {frame} are not finite: the weights are damaged, or of another network")
             if propagation is None:
                 grid = features.shape[:2]
                 labels = paddle.to_tensor(_one_hot(resize_mask(_without_void(first), *grid)))

@@ -123,9 +123,11 @@ def propagated(frames, labels, num_frames, radius, topk, temperature):
     return known[1:]
 
 
+@pytest.mark.parametrize("device", ["cpu", "gpu"])
 @pytest.mark.parametrize(("radius", "num_frames", "tile"), [(2, 2, 16), (0, 3, 2), (1, 0, 3), (12, 1, 4)])
-def test_propagation_equals_the_formulas(radius, num_frames, tile, monkeypatch):
+def test_propagation_equals_the_formulas(device, radius, num_frames, tile, monkeypatch):
     monkeypatch.setattr("passl.evaluators.label_propagation._TILE", tile)
+    monkeypatch.setattr("paddle.get_device", lambda: f"{device}:0")
     rng = np.random.default_rng(0)
     frames = rng.standard_normal((5, 4, 6, 8)).astype(np.float32)
     labels = np.eye(3, dtype=np.float32)[rng.integers(0, 3, (4, 6))]
@@ -315,6 +317,13 @@ def test_damaged_files_and_others(tmp_path):
     with pytest.raises(ValueError, match=r"00001.png has 128 x 60 pixels, and its frame 128 x 64"):
         evaluate(VideoSegmentation(root, **SIZE), Colours(), tmp_path)
     mask.write_bytes(numbers)
+
+    class Broken(Colours):
+        def feature_map(self, images):
+            return super().feature_map(images) * float("nan")
+
+    with pytest.raises(ValueError, match=r"features of .*00000.jpg are not finite"):
+        evaluate(VideoSegmentation(root, **SIZE), Broken(), tmp_path)
     with pytest.raises(ValueError, match=r"shows no features of patches"):
         evaluate(VideoSegmentation(root, **SIZE), nn.Linear(3, 3), tmp_path)
     empty = write_video(tmp_path / "empty", "video", [np.zeros((64, 128), np.uint8)] * 3)
