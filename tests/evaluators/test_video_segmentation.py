@@ -142,6 +142,12 @@ def test_equally_similar_patches_are_all_asked():
     labels[0, :2, 1] = labels[0, 2:, 0] = 1
     found = LabelPropagation(frame, paddle.to_tensor(labels), 7, 12, 5, 0.1).step(frame)
     np.testing.assert_allclose(found.numpy()[0, :, 1], 0.25, atol=1e-6)
+    # Also where 63 patches make products that come in blocks of several kinds.
+    frame = paddle.tile(paddle.to_tensor(np.random.default_rng(0).standard_normal(48), "float32"), [7, 9, 1])
+    labels = np.zeros((7, 9, 2), np.float32)
+    labels[3:6, ..., 1] = 1
+    found = LabelPropagation(frame, paddle.to_tensor(labels), 7, 0, 5, 0.1).step(frame)
+    np.testing.assert_allclose(found.numpy()[..., 1], 3 / 7, atol=1e-6)
 
 
 def test_labels_are_stretched_before_they_compete():
