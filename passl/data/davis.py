@@ -47,17 +47,20 @@ def find_sequences(root: str, split: str = "val", resolution: str = "480p", year
     """The sequences that a split names, in its order.
 
     Raises:
-        FileNotFoundError: a folder or file is missing.
+        FileNotFoundError: a folder or file is missing; each frame must have its mask, and each mask its frame.
         ValueError: a sequence is too short to be measured, or the split is no list of names.
     """
+    if Path(split).name != split:
+        raise ValueError(f"split ({split!r}) must be the name of a list in ImageSets/{year}, such as val")
     folder = Path(root).expanduser()
     listing = folder / "ImageSets" / year / f"{split}.txt"
     if not listing.is_file():
         raise FileNotFoundError(f"there is no file {listing}: root must hold JPEGImages, Annotations and ImageSets")
-    names = [line.strip() for line in listing.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    lines = listing.read_text(encoding="utf-8-sig", errors="replace").splitlines()
+    names = [line.strip() for line in lines if line.strip()]
     if not names:
         raise ValueError(f"{listing} names no sequences")
-    wrong = [name for name in names if Path(name).name != name or names.count(name) > 1]
+    wrong = [name for name in names if Path(name).name != name or name == ".." or names.count(name) > 1]
     if wrong:
         raise ValueError(f"{listing}: {wrong[0]!r} occurs twice, or is no name of a folder")
     return [_sequence(folder, resolution, name) for name in names]
@@ -66,28 +69,24 @@ def find_sequences(root: str, split: str = "val", resolution: str = "480p", year
 def _sequence(folder: Path, resolution: str, name: str) -> VideoSequence:
     frames = _files(folder / "JPEGImages" / resolution / name, ".jpg")
     masks = {Path(mask).stem: mask for mask in _files(folder / "Annotations" / resolution / name, ".png")}
-    first = Path(frames[0]).stem
-    if first not in masks:
-        raise FileNotFoundError(f"sequence {name}: the first frame, {frames[0]}, has no mask {first}.png")
-    if len(masks) < 3:
+    stems = [Path(frame).stem for frame in frames]
+    for stem, frame in zip(stems, frames):
+        if stem not in masks:
+            raise FileNotFoundError(f"sequence {name}: the frame {frame} has no mask {stem}.png")
+    for stem in sorted(masks.keys() - set(stems)):
+        raise FileNotFoundError(f"sequence {name}: {masks[stem]} has no frame {stem}.jpg")
+    if len(frames) < 3:
         raise ValueError(
-            f"sequence {name} has {len(masks)} annotated frames: it takes 3, as the first and the last are not measured"
+            f"sequence {name} has too few frames ({len(frames)}): it takes 3, as first and last are not measured"
         )
-    if next(iter(masks)) != first:
-        raise ValueError(
-            f"sequence {name}: there is a mask {next(iter(masks))}.png before the first frame, {frames[0]}"
-        )
-    known = {Path(frame).stem for frame in frames}
-    for stem, mask in list(masks.items())[1:-1]:
-        if stem not in known:
-            raise FileNotFoundError(f"sequence {name}: {mask} has no frame {stem}.jpg")
     return VideoSequence(name, frames, masks)
 
 
 def _files(folder: Path, suffix: str) -> list[str]:
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no folder {folder}")
-    found = [os.fspath(folder / name) for name in sorted(os.listdir(folder)) if name.endswith(suffix)]
+    names = sorted(name for name in os.listdir(folder) if name.endswith(suffix) and not name.startswith("."))
+    found = [os.fspath(folder / name) for name in names]
     if not found:
         raise FileNotFoundError(f"{folder} contains no {suffix} files")
     return found

@@ -26,9 +26,11 @@ _MAX_SHOWN = 5
 
 @dataclass(frozen=True)
 class Query:
-    """One query. easy, hard, junk: numbers of database images [n] int64; box: left, upper, right, lower in pixels."""
+    """One query. easy, hard, junk: numbers of database images [n] int64; box: left, upper, right, lower in pixels, if
+    the file has one.
+    """
 
-    box: tuple[float, float, float, float]
+    box: Optional[tuple[float, float, float, float]]
     easy: np.ndarray
     hard: np.ndarray
     junk: np.ndarray
@@ -60,8 +62,9 @@ def read_ground_truth(root: str, benchmark: str) -> GroundTruth:
         )
     content = load_pickle(path)
     parts = {key: _entry(content, key, str(path)) for key in ("imlist", "qimlist", "gnd")}
+    parts = {key: value.tolist() if isinstance(value, np.ndarray) else value for key, value in parts.items()}
     for key, value in parts.items():
-        if not isinstance(value, (list, tuple, np.ndarray)) or not len(value):
+        if not isinstance(value, (list, tuple)) or not value:
             raise ValueError(f"{path}: {key} must be a list that is not empty")
     if len(parts["gnd"]) != len(parts["qimlist"]):
         raise ValueError(f"{path}: gnd has {len(parts['gnd'])} entries for {len(parts['qimlist'])} queries (qimlist)")
@@ -87,17 +90,27 @@ def _entry(content: Any, key: str, where: str) -> Any:
 
 def _query(entry: Any, count: int, where: str) -> Query:
     numbers = {key: _numbers(_entry(entry, key, where), count, f"{where}[{key!r}]") for key in ("easy", "hard", "junk")}
-    box = np.asarray(_entry(entry, "bbx", where)).reshape(-1)
-    if box.shape != (4,) or box.dtype.kind not in "iuf":
+    if not {"bbx", b"bbx"} & set(entry):
+        return Query(None, **numbers)
+    box = _row(_entry(entry, "bbx", where))
+    if box.shape != (4,) or box.dtype.kind not in "iuf" or not np.isfinite(box).all():
         raise ValueError(f"{where}['bbx'] must be four numbers: left, upper, right and lower")
     return Query(tuple(float(value) for value in box), **numbers)
 
 
+def _row(value: Any) -> np.ndarray:
+    """[n]; of objects if `value` is no array."""
+    try:
+        return np.asarray(value).reshape(-1)
+    except ValueError:  # lists of several lengths
+        return np.array([None])
+
+
 def _numbers(value: Any, count: int, where: str) -> np.ndarray:
-    numbers = np.asarray(value).reshape(-1)
+    numbers = _row(value)
     if not numbers.size:
         return np.empty(0, np.int64)
-    if numbers.dtype.kind not in "iuf" or not np.array_equal(numbers, numbers.astype(np.int64)):
+    if numbers.dtype.kind not in "iuf" or not np.array_equal(numbers, np.floor(numbers)):
         raise ValueError(f"{where} must be a list of whole numbers")
     if numbers.min() < 0 or numbers.max() >= count:
         raise ValueError(f"{where} must be numbers from 0 to {count - 1} (imlist has {count}), not {numbers.tolist()}")
@@ -105,8 +118,8 @@ def _numbers(value: Any, count: int, where: str) -> np.ndarray:
 
 
 def _image_path(folder: Path, name: Any, where: str) -> str:
-    name = name.decode() if isinstance(name, bytes) else str(name)
-    if os.path.isabs(name) or ".." in Path(name).parts:
+    name = os.fsdecode(name) if isinstance(name, bytes) else name
+    if not isinstance(name, str) or os.path.isabs(name) or ".." in Path(name).parts:
         raise ValueError(f"{where} holds {name!r}, which is no name inside a folder")
     return os.fspath(folder / "jpg" / f"{name}.jpg")
 
@@ -120,7 +133,12 @@ class RetrievalImages(ImageFiles):
         image_size: of the square, in pixels; smaller images stay as they are. None: all do.
         boxes: what to cut out of each image before; None: nothing.
         transform: from the image to an array.
+
+    Attributes:
+        least_side: of the image that comes of it, in pixels.
     """
+
+    least_side = 1
 
     def __init__(
         self,
@@ -139,6 +157,13 @@ class RetrievalImages(ImageFiles):
             image = image.crop(_inside(self.boxes[index], image.size, self.describe(index)))
         if self.image_size is not None:
             image.thumbnail((self.image_size, self.image_size), Image.Resampling.LANCZOS)
+        if min(image.size) < self.least_side:
+            width, height = image.size
+            raise UnreadableImageError(
+                self.describe(index),
+                f"{width} x {height} pixels, with image_size {self.image_size}, are too few for this network: both "
+                f"sides must be at least {self.least_side}",
+            )
         return {"image": self.transform(image, rng)}
 
     def _image(self, index: int) -> Image.Image:

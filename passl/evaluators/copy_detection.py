@@ -165,7 +165,8 @@ def _blocks(root: Path) -> dict[str, list[str]]:
         folder = root / block
         if not folder.is_dir():
             continue
-        found[block] = [os.fspath(folder / name) for name in sorted(os.listdir(folder)) if name.endswith(".jpg")]
+        names = sorted(name for name in os.listdir(folder) if name.endswith(".jpg") and not name.startswith("."))
+        found[block] = [os.fspath(folder / name) for name in names]
         if not found[block]:
             raise FileNotFoundError(f"{folder} contains no .jpg files")
     if "original" not in found or len(found) < 2:
@@ -200,9 +201,8 @@ def _plain_images(folder: str) -> list[str]:
     if not path.is_dir():
         raise FileNotFoundError(f"there is no folder {path}")
     extensions = image_extensions()
-    found = [
-        os.fspath(path / name) for name in sorted(os.listdir(path)) if os.path.splitext(name)[1].lower() in extensions
-    ]
+    names = sorted(name for name in os.listdir(path) if not name.startswith("."))
+    found = [os.fspath(path / name) for name in names if os.path.splitext(name)[1].lower() in extensions]
     if not found:
         raise FileNotFoundError(f"{path} contains no images directly")
     return found

@@ -42,7 +42,7 @@ def _by_numpy(train: np.ndarray, rows: np.ndarray, count: int, block: int) -> tu
     for start in range(0, len(train), block):
         part = train[start : start + block]
         products = np.matmul(rows, part.T, out=memory[: len(rows) * len(part)].reshape(len(rows), len(part)))
-        limits = _lower_bounds(products, count)
+        limits = lower_bounds(products, count)
         if values.shape[1] == count:  # the earlier one of equals stays
             limits = np.maximum(limits, np.nextafter(values[:, -1], np.float32(np.inf)))
         passing, columns = np.divmod(np.flatnonzero(products >= limits[:, None]), len(part))
@@ -52,7 +52,7 @@ def _by_numpy(train: np.ndarray, rows: np.ndarray, count: int, block: int) -> tu
     return values, indices
 
 
-def _lower_bounds(products: np.ndarray, count: int) -> np.ndarray:
+def lower_bounds(products: np.ndarray, count: int) -> np.ndarray:
     """Of each row [B, W] a number that at least ``count`` of its values reach, or minus infinity.
 
     The count-th largest of the maxima of groups is one, and cheaper than the count-th largest value.

@@ -59,7 +59,7 @@ class ImageRetrieval(Evaluator):
             raise ValueError(f"image_size ({image_size}) must be at least 1, or null for images as they are")
         self.truth = read_ground_truth(root, benchmark)
         transform = Compose([ToTensor(), Normalize(mean, std)])
-        boxes = [query.box for query in self.truth.queries] if crop_queries else None
+        boxes = _boxes(self.truth.queries) if crop_queries else None
         self.database = RetrievalImages(self.truth.images, transform, image_size)
         self.queries = RetrievalImages(self.truth.query_images, transform, image_size, boxes)
         self.multiscale = multiscale
@@ -83,6 +83,7 @@ class ImageRetrieval(Evaluator):
     def _features(self, model: nn.Layer, images: RetrievalImages, title: str) -> np.ndarray:
         """[N, D], rows of length 1"""
         side = patch_side(model)
+        images.least_side = 2 * side if self.multiscale else side
 
         def features(image: paddle.Tensor) -> paddle.Tensor:
             scales = _SCALES if self.multiscale else (1.0,)
@@ -94,6 +95,13 @@ class ImageRetrieval(Evaluator):
         if rows.ndim != 2:
             raise ValueError(f"the backbone returned {list(rows.shape[1:])} for an image: retrieval needs one row each")
         return unit_rows(rows, title.rpartition(" ")[2])
+
+
+def _boxes(queries: Sequence[Query]) -> list[tuple[float, float, float, float]]:
+    boxes = [query.box for query in queries]
+    if None in boxes:
+        raise ValueError(f"crop_queries needs a box of each query: gnd[{boxes.index(None)}] has no 'bbx'")
+    return boxes
 
 
 def _scores(order: np.ndarray, queries: Sequence[Query], protocol: str) -> np.ndarray:

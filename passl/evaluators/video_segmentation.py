@@ -38,6 +38,7 @@ from passl.registry import EVALUATORS
 
 logger = logging.getLogger("passl")
 
+_MIN_TEMPERATURE = 0.02  # exp(1 / temperature), and sums of it, must fit into float32
 MEASURES = ("J&F-Mean", "J-Mean", "J-Recall", "J-Decay", "F-Mean", "F-Recall", "F-Decay")
 
 
@@ -80,10 +81,10 @@ class VideoSegmentation(Evaluator):
     ) -> None:
         if image_size < 64:
             raise ValueError(f"image_size ({image_size}) must be at least 64")
-        if num_frames < 0 or radius < 0 or topk < 1 or not temperature > 0:
+        if num_frames < 0 or radius < 0 or topk < 1 or not temperature >= _MIN_TEMPERATURE:
             raise ValueError(
                 f"num_frames ({num_frames}) and radius ({radius}) must be at least 0, topk ({topk}) at least 1 and "
-                f"temperature ({temperature}) above 0"
+                f"temperature ({temperature}) at least {_MIN_TEMPERATURE}"
             )
         if ".." in Path(folder).parts:
             raise ValueError(f"folder ({folder!r}) must not lead out of the run's folder: without '..', or absolute")
@@ -151,6 +152,8 @@ class VideoSegmentation(Evaluator):
             _check_size(pixels[..., 0], first.shape, frame, "its sequence's first mask")
             images = cut_to_patches(self._tensor(pixels), side)
             features = patch_features(model, images)[0]
+            if not paddle.isfinite(features).all():
+                raise ValueError(f"features of {frame} are not finite: the weights are damaged, or of another network")
             if propagation is None:
                 grid = features.shape[:2]
                 labels = paddle.to_tensor(_one_hot(resize_mask(_without_void(first), *grid)))

@@ -171,6 +171,9 @@ def test_folders_that_are_not_there_or_not_right(tmp_path):
     with pytest.raises(ValueError, match=r"has 1 .jpg files, and original has 4"):
         CopyDetection(root)
     root = write_copydays(tmp_path / "c", ORIGINALS, {"200001": 3})
+    (tmp_path / "c" / "original" / "._200000.jpg").write_bytes(b"of another system")
+    assert len(CopyDetection(root, root + "/original").blocks["original"]) == len(ORIGINALS)
+    assert len(CopyDetection(root, root + "/original").distractors) == len(ORIGINALS)
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match="empty contains no images directly"):
         CopyDetection(root, whitening=str(tmp_path / "empty"))

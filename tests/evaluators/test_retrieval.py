@@ -204,7 +204,13 @@ def test_files_that_are_not_there_or_not_right(tmp_path):
         ({"gnd": [{"easy": [0.5], "hard": [], "junk": [], "bbx": [0, 0, 1, 1]}]}, r"must be a list of whole numbers"),
         ({"gnd": [{"easy": [0], "hard": [], "bbx": [0, 0, 1, 1]}]}, r"gnd\[0\] has no 'junk'"),
         ({"gnd": [{"easy": [0], "hard": [], "junk": [], "bbx": [0, 0]}]}, r"\['bbx'\] must be four numbers"),
+        ({"gnd": [{"easy": [0], "hard": [], "junk": [], "bbx": [0, 0, 9, np.inf]}]}, r"\['bbx'\] must be four numbers"),
+        ({"gnd": [{"easy": [0, [1]], "hard": [], "junk": []}]}, r"\['easy'\] must be a list of whole numbers"),
+        ({"gnd": [{"easy": [np.nan], "hard": [], "junk": []}]}, r"\['easy'\] must be a list of whole numbers"),
+        ({"gnd": np.array(1)}, r"gnd must be a list that is not empty"),
         ({"imlist": ["../image0", "image1"]}, r"no name inside a folder"),
+        ({"imlist": np.array([["image0"], ["image1"]])}, r"imlist holds \['image0'\], which is no name"),
+        ({"imlist": [None, "image1"]}, r"imlist holds None, which is no name"),
     ):
         path.write_bytes(pickle.dumps({**content, **change}))
         with pytest.raises(ValueError, match=message):
@@ -241,6 +247,29 @@ def test_damaged_images(tmp_path, caplog):
 
     with pytest.raises(ValueError, match="features of database are not finite"):
         evaluate(ImageRetrieval(root, **PLAIN), Broken(), tmp_path)
+
+
+def test_boxes_are_needed_only_to_crop(tmp_path):
+    root = write_retrieval(tmp_path, [10, 80], [20], [{"easy": [0], "hard": [1], "junk": []}])
+    path = tmp_path / "roxford5k" / "gnd_roxford5k.pkl"
+    content = pickle.loads(path.read_bytes())
+    del content["gnd"][0]["bbx"]
+    path.write_bytes(pickle.dumps(content))
+    assert evaluate(ImageRetrieval(root, **PLAIN), MeanColour(), tmp_path)["mAP_medium"] == 100
+    with pytest.raises(ValueError, match=r"crop_queries needs a box of each query: gnd\[0\] has no 'bbx'"):
+        ImageRetrieval(root, crop_queries=True)
+
+
+@pytest.mark.parametrize(("multiscale", "least"), [(False, 8), (True, 16)])
+def test_images_smaller_than_a_patch_are_named(tmp_path, multiscale, least):
+    root = write_retrieval(tmp_path, [10, 80], [20], [{"easy": [0], "hard": [1], "junk": []}], size=(20, least))
+    network = MeanColour()
+    network.patch_size = 8
+    assert evaluate(ImageRetrieval(root, multiscale=multiscale, **PLAIN), network, tmp_path)["mAP_medium"] == 100
+    small = tmp_path / "roxford5k" / "jpg" / "query0.jpg"
+    Image.new("RGB", (20, least - 1)).save(small)
+    with pytest.raises(ValueError, match=rf"{small}: 20 x {least - 1} pixels, .* sides must be at least {least}"):
+        evaluate(ImageRetrieval(root, multiscale=multiscale, **PLAIN), network, tmp_path)
 
 
 def test_arguments():

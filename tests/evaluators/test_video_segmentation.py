@@ -11,7 +11,6 @@ from paddle import nn
 from PIL import Image
 
 from passl.data.davis import PALETTE, find_sequences, frame_size, read_mask, write_mask
-from passl.data.errors import UnreadableImageError
 from passl.evaluators import VideoSegmentation, evaluate
 from passl.evaluators.davis_metrics import boundary, boundary_accuracy, disk, region_similarity, statistics
 from passl.evaluators.label_propagation import LabelPropagation, segment
@@ -124,9 +123,11 @@ def propagated(frames, labels, num_frames, radius, topk, temperature):
     return known[1:]
 
 
+@pytest.mark.parametrize("device", ["cpu", "gpu"])
 @pytest.mark.parametrize(("radius", "num_frames", "tile"), [(2, 2, 16), (0, 3, 2), (1, 0, 3), (12, 1, 4)])
-def test_propagation_equals_the_formulas(radius, num_frames, tile, monkeypatch):
+def test_propagation_equals_the_formulas(device, radius, num_frames, tile, monkeypatch):
     monkeypatch.setattr("passl.evaluators.label_propagation._TILE", tile)
+    monkeypatch.setattr("paddle.get_device", lambda: f"{device}:0")
     rng = np.random.default_rng(0)
     frames = rng.standard_normal((5, 4, 6, 8)).astype(np.float32)
     labels = np.eye(3, dtype=np.float32)[rng.integers(0, 3, (4, 6))]
@@ -141,6 +142,12 @@ def test_equally_similar_patches_are_all_asked():
     labels[0, :2, 1] = labels[0, 2:, 0] = 1
     found = LabelPropagation(frame, paddle.to_tensor(labels), 7, 12, 5, 0.1).step(frame)
     np.testing.assert_allclose(found.numpy()[0, :, 1], 0.25, atol=1e-6)
+    # Also where 63 patches make products that come in blocks of several kinds.
+    frame = paddle.tile(paddle.to_tensor(np.random.default_rng(0).standard_normal(48), "float32"), [7, 9, 1])
+    labels = np.zeros((7, 9, 2), np.float32)
+    labels[3:6, ..., 1] = 1
+    found = LabelPropagation(frame, paddle.to_tensor(labels), 7, 0, 5, 0.1).step(frame)
+    np.testing.assert_allclose(found.numpy()[..., 1], 3 / 7, atol=1e-6)
 
 
 def test_labels_are_stretched_before_they_compete():
@@ -260,7 +267,12 @@ def test_files_that_are_not_there_or_not_right(tmp_path):
     root = write_video(tmp_path / "davis", "video", moving([8], 4))
     folder = tmp_path / "davis"
     listing = folder / "ImageSets" / "2017" / "val.txt"
-    for text, message in (("", "names no sequences"), ("video\nvideo\n", "occurs twice"), ("../video", "no name of")):
+    for text, message in (
+        ("", "names no sequences"),
+        ("video\nvideo\n", "occurs twice"),
+        ("../video", "no name of"),
+        ("..", "no name of"),
+    ):
         listing.write_text(text)
         with pytest.raises(ValueError, match=message):
             find_sequences(root)
@@ -270,18 +282,25 @@ def test_files_that_are_not_there_or_not_right(tmp_path):
     listing.write_text("video")
     masks = folder / "Annotations" / "480p" / "video"
     frames = folder / "JPEGImages" / "480p" / "video"
-    (masks / "00003.png").rename(masks / "00009.png")
-    assert len(find_sequences(root)[0].masks) == 4  # the last one is not measured
-    (masks / "00009.png").unlink()
-    (frames / "00001.jpg").rename(frames / "00007.jpg")
-    with pytest.raises(FileNotFoundError, match=r"00001.png has no frame 00001.jpg"):
+    (masks / "._00000.png").write_bytes(b"of another system")
+    assert list(find_sequences(root)[0].masks) == [f"{number:05d}" for number in range(4)]
+    for number in (0, 1, 3):
+        for file, message in (
+            (masks / f"{number:05d}.png", rf"{number:05d}.jpg has no mask {number:05d}.png"),
+            (frames / f"{number:05d}.jpg", rf"{number:05d}.png has no frame {number:05d}.jpg"),
+        ):
+            content = file.read_bytes()
+            file.unlink()
+            with pytest.raises(FileNotFoundError, match=message):
+                find_sequences(root)
+            file.write_bytes(content)
+    for number in (3, 2):
+        (masks / f"{number:05d}.png").unlink()
+        (frames / f"{number:05d}.jpg").unlink()
+    with pytest.raises(ValueError, match=r"has too few frames \(2\): it takes 3"):
         find_sequences(root)
-    (frames / "00007.jpg").rename(frames / "00001.jpg")
-    (masks / "00002.png").unlink()
-    with pytest.raises(ValueError, match="has 2 annotated frames: it takes 3"):
-        find_sequences(root)
-    (masks / "00000.png").unlink()
-    with pytest.raises(FileNotFoundError, match=r"has no mask 00000.png"):
+    listing.write_bytes(b"\xff")
+    with pytest.raises(FileNotFoundError, match="there is no folder"):
         find_sequences(root)
 
 
@@ -291,19 +310,26 @@ def test_damaged_files_and_others(tmp_path):
     mask = tmp_path / "davis" / "Annotations" / "480p" / "video" / "00001.png"
     whole, numbers = frame.read_bytes(), mask.read_bytes()
     frame.write_bytes(b"not a picture")
-    with pytest.raises(UnreadableImageError, match=r"00002.jpg"):
+    with pytest.raises(ValueError, match=r"00002.jpg: empty, damaged or not an image"):
         evaluate(VideoSegmentation(root, **SIZE), Colours(), tmp_path)
     Image.new("RGB", (128, 72)).save(frame)
     with pytest.raises(ValueError, match=r"00002.jpg has 128 x 72 pixels, and its sequence's first mask 128 x 64"):
         evaluate(VideoSegmentation(root, **SIZE), Colours(), tmp_path)
     frame.write_bytes(whole)
     Image.new("RGB", (128, 64)).save(mask)
-    with pytest.raises(UnreadableImageError, match=r"00001.png: a mask must be a palette or grey image, not RGB"):
+    with pytest.raises(ValueError, match=r"00001.png: a mask must be a palette or grey image, not RGB"):
         evaluate(VideoSegmentation(root, **SIZE), Colours(), tmp_path)
     write_mask(mask, np.zeros((60, 128), np.uint8))
     with pytest.raises(ValueError, match=r"00001.png has 128 x 60 pixels, and its frame 128 x 64"):
         evaluate(VideoSegmentation(root, **SIZE), Colours(), tmp_path)
     mask.write_bytes(numbers)
+
+    class Broken(Colours):
+        def feature_map(self, images):
+            return super().feature_map(images) * float("nan")
+
+    with pytest.raises(ValueError, match=r"features of .*00000.jpg are not finite"):
+        evaluate(VideoSegmentation(root, **SIZE), Broken(), tmp_path)
     with pytest.raises(ValueError, match=r"shows no features of patches"):
         evaluate(VideoSegmentation(root, **SIZE), nn.Linear(3, 3), tmp_path)
     empty = write_video(tmp_path / "empty", "video", [np.zeros((64, 128), np.uint8)] * 3)
@@ -317,6 +343,8 @@ def test_arguments():
         ({"image_size": 32}, r"image_size \(32\) must be at least 64"),
         ({"topk": 0}, r"topk \(0\) at least 1"),
         ({"folder": "../x"}, "must not lead out"),
+        ({"temperature": 0.01}, r"temperature \(0.01\) at least 0.02"),  # exp(1 / 0.01) is infinite
+        ({"split": "../val"}, r"split \('../val'\) must be the name of a list"),
     ):
         with pytest.raises(ValueError, match=message):
             VideoSegmentation("anywhere", **arguments)
