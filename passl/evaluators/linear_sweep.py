@@ -23,7 +23,7 @@ from passl.evaluators.frozen_features import (
     FeatureChoice,
     FrozenFeatures,
     cache_folder,
-    check_labelled,
+    check_labels,
     choices_for,
     count_classes,
     extract,
@@ -85,7 +85,7 @@ class LinearSweep(Evaluator):
         batch_size: int = 64,
         num_workers: int = 0,
     ) -> None:
-        check_labelled(train_dataset=train_dataset, val_dataset=val_dataset)
+        check_labels(train_dataset, val_dataset)
         check_batches(batch_size, num_workers)
         n_last_blocks = [n_last_blocks] if isinstance(n_last_blocks, int) else list(n_last_blocks)
         avgpool = [avgpool] if isinstance(avgpool, bool) else list(avgpool)

@@ -17,7 +17,7 @@ from passl.evaluators.classification import check_batches
 from passl.evaluators.evaluator import Evaluator
 from passl.evaluators.frozen_features import (
     cache_folder,
-    check_labelled,
+    check_labels,
     choices_for,
     count_classes,
     extract,
@@ -37,7 +37,7 @@ class LogisticRegression(Evaluator):
     SimCLR and CLIP have it: L-BFGS to the minimum, nothing to draw or to schedule.
 
     It minimises ``C * (sum of the cross-entropy) + (sum of squared weights) / 2``, as scikit-learn does; biases are
-    free.
+    free. (Of two classes scikit-learn has one weight vector, so that it takes twice this C there.)
     Written to the run's folder: `{file}.pdparams`, the classifier with the backbone as a LinearProbe.
 
     Args:
@@ -48,7 +48,7 @@ class LogisticRegression(Evaluator):
         hold_out: share of the training images of each class, drawn from `seed`.
         standardize: divide each feature by its standard deviation over the training images, after taking off its mean;
             the saved classifier takes the features as they are.
-        max_iterations, tolerance: stop after so many, or where the gradient is no larger, see `fit_logistic`.
+        max_iterations, tolerance: stop after so many, or that close to the minimum, see `fit_logistic`.
         n_last_blocks, avgpool: as of LinearProbe.
         cache: see LinearSweep, with which it shares the files.
     """
@@ -72,7 +72,7 @@ class LogisticRegression(Evaluator):
         batch_size: int = 64,
         num_workers: int = 0,
     ) -> None:
-        check_labelled(train_dataset=train_dataset, val_dataset=val_dataset)
+        check_labels(train_dataset, val_dataset)
         check_batches(batch_size, num_workers)
         strengths = [C] if isinstance(C, (int, float)) else list(C)
         if not strengths or not all(0 < value < math.inf for value in strengths):
@@ -182,11 +182,12 @@ def fit_logistic(
 
     Args:
         rows: [N, W]; labels: [N], from 0 to num_classes - 1.
-        tolerance: of the gradient in these coordinates; the loss is then within W * C * tolerance**2 of the lowest.
+        tolerance: of the gradient in these coordinates, and the share of the loss by which the lowest may be lower.
+            Where classes can be told apart without a mistake, gradients are small far from the minimum.
         start: weight and bias; None: zeros.
 
     Returns:
-        Weight [W, C], bias [C], and whether the gradient is within ``tolerance``.
+        Weight [W, C], bias [C], and whether they are within ``tolerance``.
     """
     count = len(rows)
     penalty = 1.0 / (strength * count)
@@ -200,7 +201,9 @@ def fit_logistic(
     matrix = np.zeros((rows.shape[1] + 1, num_classes))
     if start is not None:
         matrix[:-1], matrix[-1] = (axes * sizes).T @ start[0], start[1] + mean @ start[0]
-    flat, is_done = minimize(function, matrix.ravel(), max_iterations, tolerance)
+    curvatures = np.zeros_like(matrix)
+    curvatures[:-1] = function.penalties
+    flat, is_done = minimize(function, matrix.ravel(), max_iterations, tolerance, curvatures.ravel())
     matrix = flat.reshape(matrix.shape)
     weight = to_weight @ matrix[:-1]
     return weight, matrix[-1] - mean @ weight, is_done

@@ -52,6 +52,30 @@ def test_the_minimum(strength):
         assert objective(rows, labels, weight + step, bias + 1e-3 * rng.standard_normal(4), strength) > lowest
 
 
+@pytest.mark.parametrize("strength", [1.0, 100.0, 1e6])
+def test_the_minimum_of_classes_without_mistakes(strength):
+    """Where gradients are small everywhere: by the curvature of the penalty, 1, no point is lower by |gradient|^2/2."""
+    rows, labels = problem()
+    rows[:, 0] += 20 * labels
+    weight, bias, is_done = fit_logistic(rows, labels, 4, strength)
+    assert is_done
+    logits = rows @ weight + bias
+    p = np.exp(logits - logits.max(1, keepdims=True))
+    residual = p / p.sum(1, keepdims=True) - np.eye(4)[labels]
+    gradient = strength * rows.T @ residual + weight
+    assert (gradient**2).sum() / 2 < 1e-3 * objective(rows, labels, weight, bias, strength) * strength * len(labels)
+
+
+def test_images_of_one_class_of_several_have_an_end():
+    """The bias alone could grow for ever."""
+    rows, labels = problem()
+    for strength in (1e-3, 1.0, 100.0, 1e6):
+        weight, bias, is_done = fit_logistic(rows, np.ones_like(labels), 3, strength)
+        assert is_done
+        assert np.isfinite(weight).all()
+        assert bias.argmax() == 1
+
+
 @pytest.mark.parametrize("classes", [2, 4])
 def test_scikit_learn_is_at_the_same_point(classes):
     linear_model = pytest.importorskip("sklearn.linear_model")
