@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -234,7 +235,7 @@ def save_probe(backbone: nn.Layer, weight: np.ndarray, bias: np.ndarray, target:
 
 def how_to_use(target: Path, choice: FeatureChoice, num_classes: int) -> str:
     """What to type for ``target`` with passl-eval, passl-export or passl-train."""
-    what = f"-o Global.pretrained_model={target} -o Model.num_classes={num_classes}"
+    what = f"-o {shlex.quote(f'Global.pretrained_model={target}')} -o Model.num_classes={num_classes}"
     if choice.n_last_blocks == 0:
         return what
     return f"{what} -o Model.n_last_blocks={choice.n_last_blocks} -o Model.avgpool={str(choice.avgpool).lower()}"

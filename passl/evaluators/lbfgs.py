@@ -14,6 +14,7 @@ Function = Callable[[np.ndarray], tuple[float, np.ndarray]]
 _MEMORY = 10  # pairs of steps and changes of the gradient
 _DECREASE, _CURVATURE = 1e-4, 0.9  # of the Wolfe conditions
 _TRIES = 60
+_SHARE = 100.0
 _SMALL = 1e-9  # of values below, rounding hides a share
 
 
@@ -29,8 +30,8 @@ def minimize(
     Args:
         value_and_gradient: x [N] -> value and gradient [N], float64.
         curvatures: [N], such that the function without ``sum(curvatures * x**2) / 2`` is convex. They tell how much
-            lower the lowest value can be: no more than by a share ``tolerance`` (of values from 1e-9). An element of 0
-            tells nothing.
+            lower the lowest value can be: no more than by a share of 100 * ``tolerance`` (of values from 1e-9). An
+            element of 0 tells nothing.
 
     Returns:
         x, and whether it is as close as that.
@@ -42,7 +43,7 @@ def minimize(
         if curvatures is None:
             return True
         known = curvatures > 0
-        return float((gradient[known] ** 2 / curvatures[known]).sum()) / 2 <= tolerance * max(value, _SMALL)
+        return float((gradient[known] ** 2 / curvatures[known]).sum()) / 2 <= _SHARE * tolerance * max(value, _SMALL)
 
     x = np.array(start, np.float64)
     value, gradient = value_and_gradient(x)

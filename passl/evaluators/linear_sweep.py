@@ -221,7 +221,8 @@ class LinearSweep(Evaluator):
         rates = [rate for rate, _ in self.pairs]
         if len(set(rates)) > 1 and row["learning_rate"] in (min(rates), max(rates)):
             logger.warning("linear: the best learning rate (%g) is at the end of those tried", row["learning_rate"])
-        logger.info("linear: the best is a LinearProbe in %s", how_to_use(target, choice, num_classes))
+        options = how_to_use(target, choice, num_classes)
+        logger.info("linear: the best is kept as a LinearProbe, to be used with %s", options)
 
 
 def _best_of(rows: Sequence[dict[str, Any]]) -> Optional[int]:

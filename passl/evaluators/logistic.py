@@ -117,7 +117,8 @@ class LogisticRegression(Evaluator):
             rates, loss = head.rates(val.of(choice), val.labels, (1, 5))
             target = Path(output_dir) / f"{self.file}.pdparams"
             save_probe(model, weight, bias, target)
-            logger.info("logistic: the classifier is a LinearProbe in %s", how_to_use(target, choice, num_classes))
+            options = how_to_use(target, choice, num_classes)
+            logger.info("logistic: the classifier is kept as a LinearProbe, to be used with %s", options)
             found = {
                 "logistic_top1": float(rates[0, 0]),
                 "logistic_top5": float(rates[0, 1]),
@@ -182,8 +183,8 @@ def fit_logistic(
 
     Args:
         rows: [N, W]; labels: [N], from 0 to num_classes - 1.
-        tolerance: of the gradient in these coordinates, and the share of the loss by which the lowest may be lower.
-            Where classes can be told apart without a mistake, gradients are small far from the minimum.
+        tolerance: of the gradient in these coordinates. As gradients are small far from the minimum where classes can
+            be told apart without a mistake, the loss is also within a share of 100 * tolerance of the lowest.
         start: weight and bias; None: zeros.
 
     Returns:
