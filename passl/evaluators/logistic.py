@@ -51,9 +51,8 @@ class LogisticRegression(Evaluator):
         max_iterations, tolerance: stop after so many, or that close to the minimum, see `fit_logistic`.
         n_last_blocks, avgpool: as of LinearProbe.
         cache: see LinearSweep, with which it shares the files.
+        file: what the names of files and results begin with.
     """
-
-    key_metric = "logistic_top1"
 
     def __init__(
         self,
@@ -97,11 +96,14 @@ class LogisticRegression(Evaluator):
         self.seed = seed
         self.cache = cache
         self.file = file
+        self.key_metric = f"{file}_top1"
         self.batch_size = batch_size
         self.num_workers = num_workers
 
     def run(self, model: nn.Layer, output_dir: Path) -> dict[str, float]:
-        """`logistic_top1`, `logistic_top5` and `logistic_loss` on the validation images, and `logistic_C`."""
+        """`logistic_top1`, `logistic_top5` and `logistic_loss` on the validation images, and `logistic_C`;
+        `logistic` is `file`.
+        """
         (choice,) = choices_for(model, [self.n_last_blocks], [self.avgpool])
         folder = cache_folder(self.cache, output_dir)
         loading = {"cache": folder, "batch_size": self.batch_size, "num_workers": self.num_workers}
@@ -120,10 +122,10 @@ class LogisticRegression(Evaluator):
             options = how_to_use(target, choice, num_classes)
             logger.info("logistic: the classifier is kept as a LinearProbe, to be used with %s", options)
             found = {
-                "logistic_top1": float(rates[0, 0]),
-                "logistic_top5": float(rates[0, 1]),
-                "logistic_loss": float(loss[0]),
-                "logistic_C": strength,
+                f"{self.file}_top1": float(rates[0, 0]),
+                f"{self.file}_top5": float(rates[0, 1]),
+                f"{self.file}_loss": float(loss[0]),
+                f"{self.file}_C": strength,
             }
         return distributed.broadcast_object(found)
 

@@ -171,6 +171,14 @@ def test_table_and_the_best_as_a_probe(folder, backbone, caplog):
     assert scored["loss"] == pytest.approx(best["loss"], abs=1e-5)
 
 
+def test_a_name_of_its_own(folder, backbone):
+    """Two in one configuration would have the same results otherwise."""
+    second = sweep(folder, file="second", n_last_blocks=1, avgpool=False)
+    assert second.result_names() == [second.key_metric] == ["second_top1"]
+    assert set(evaluate(second, backbone, folder)) == {"second_top1", "second_top5", "second_loss", "second_top1_n1"}
+    assert (folder / "second_best.pdparams").exists()
+
+
 def test_the_same_twice(folder, backbone):
     found = [evaluate(sweep(folder), backbone, folder / name) for name in ("a", "b")]
     assert found[0] == found[1]

@@ -174,6 +174,12 @@ def test_c_is_chosen_on_training_images_alone(folder, backbone, caplog):
     assert evaluate(logistic(folder), backbone, folder)["logistic_C"] == first["logistic_C"]
 
 
+def test_a_name_of_its_own(folder, backbone):
+    second = logistic(folder, file="second", C=1.0)
+    assert second.result_names() == ["second_top1"]
+    assert set(evaluate(second, backbone, folder)) == {"second_top1", "second_top5", "second_loss", "second_C"}
+
+
 def test_features_are_shared_with_the_sweep(folder, backbone, caplog):
     sets = [ImageFolder(folder / split, ToTensor()) for split in ("train", "val")]
     evaluate(LinearSweep(*sets, n_last_blocks=[1, 2], epochs=1, cache=True), backbone, folder)
