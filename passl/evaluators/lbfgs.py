@@ -30,8 +30,8 @@ def minimize(
     Args:
         value_and_gradient: x [N] -> value and gradient [N], float64.
         curvatures: [N], such that the function without ``sum(curvatures * x**2) / 2`` is convex. They tell how much
-            lower the lowest value can be: no more than by a share of 100 * ``tolerance`` (of values from 1e-9). An
-            element of 0 tells nothing.
+            lower the lowest value can be: no more than by a share of 100 * ``tolerance`` (of values from 1e-9). Where
+            one is 0, the value itself stands for it, as is about right for a bias under a small cross-entropy.
 
     Returns:
         x, and whether it is as close as that.
@@ -42,8 +42,9 @@ def minimize(
             return False
         if curvatures is None:
             return True
-        known = curvatures > 0
-        return float((gradient[known] ** 2 / curvatures[known]).sum()) / 2 <= _SHARE * tolerance * max(value, _SMALL)
+        least = max(value, _SMALL)
+        room = float((gradient**2 / np.where(curvatures > 0, curvatures, least)).sum()) / 2
+        return room <= _SHARE * tolerance * least
 
     x = np.array(start, np.float64)
     value, gradient = value_and_gradient(x)
