@@ -7,7 +7,8 @@
 `_base_: path` or `_base_: [paths]`, relative to the file, names what a file starts from. Mappings merge,
 lists and scalars replace; a section whose `name` changes is another component and keeps nothing of the base's
 arguments. `-o key=value` sets exactly that key, through lists as well (`...transform.0.size=224`); changing a
-`name` drops what the files said about the old component, not what other `-o` say about the new one.
+`name` drops what the files said about the old component, not what other `-o` say about the new one. `Global.name` is no
+component's: it names the run, and changes nothing else.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from passl.yaml_io import ConfigError, dump, parse, show
 __all__ = ["Component", "Config", "ConfigError", "Required", "check", "component_parts", "load", "to_yaml"]
 
 OVERRIDE = "-o"
+_RUN = ("Global",)  # the section whose name is no component's
 
 
 class Config(dict):
@@ -101,7 +103,7 @@ def _read(path: str, asked_by: str) -> str:
 def _merge(config: Config, other: Config, path: Path) -> None:
     """Lays `other` over `config`, from `path` down."""
     old, new = _at(config, path), _at(other, path)
-    if path and _changes_name(old, new.get("name")):
+    if _changes_name(old, new.get("name"), path):
         old.clear()
         config.claim(path, {path: other.source(path)})
     for key, value in new.items():
@@ -118,8 +120,9 @@ def _at(config: Config, path: Path) -> dict[str, Any]:
     return _at(config, path[:-1])[path[-1]] if path else config
 
 
-def _changes_name(component: dict[str, Any], name: Any) -> bool:
-    return name is not None and component.get("name") not in (None, name)
+def _changes_name(section: dict[str, Any], name: Any, path: Path) -> bool:
+    """Whether ``name`` makes another component of what is at ``path``."""
+    return bool(path) and path != _RUN and name is not None and section.get("name") not in (None, name)
 
 
 def _is_within(path: Path, root: Path) -> bool:
@@ -173,7 +176,7 @@ def _assign(config: Config, keys: list[str], value: Any) -> bool:
             config.claim(path, {path: OVERRIDE})
         node = node[index]
     index = _index(node, keys[-1], path)
-    replaces = bool(path) and index == "name" and _changes_name(node, value)
+    replaces = index == "name" and _changes_name(node, value, path)
     if replaces:
         node.clear()
         config.claim(path, {path: OVERRIDE})

@@ -289,3 +289,13 @@ def test_overriding_every_leaf_with_itself_changes_nothing():
     for seed in range(20):
         random.Random(seed).shuffle(overrides)
         assert load("main.yaml", overrides) == config
+
+
+def test_another_name_of_the_run_changes_nothing_else():
+    write(
+        base=MAIN.replace("Global: {", "Global: {name: first, ", 1), main="_base_: base.yaml\nGlobal: {name: second}\n"
+    )
+    first = load("base.yaml")
+    for renamed in (load("main.yaml"), load("base.yaml", ["Global.name=second"])):
+        assert renamed["Global"].pop("name") == "second"
+        assert renamed == {**first, "Global": {key: first["Global"][key] for key in first["Global"] if key != "name"}}

@@ -10,7 +10,7 @@ from passl import exported
 from passl.cli import export_main
 from passl.config import ConfigError
 from passl.data.datasets import ImageFolder
-from passl.engine.export import _configured_size
+from passl.engine.export import _configured_size, _preprocessing
 from passl.evaluators.knn import knn_classify
 from passl.export import (
     FeatureNetwork,
@@ -325,3 +325,10 @@ def test_what_the_command_refuses(folder, options, code, text, monkeypatch, caps
     assert stopped.value.code == code
     assert text in capsys.readouterr().err
     assert not list(folder.glob("*.passl"))
+
+
+def test_preprocessing_is_that_of_the_images_classes_are_measured_on():
+    steps = [{"Resize": {"size": 40}}, {"CenterCrop": {"size": 32}}, {"ToTensor": {}}, {"Normalize": {}}]
+    dataset = {"name": "ImageFolder", "root": "val", "transform": steps}
+    for spec in ({"name": "Classification", "dataset": dataset}, {"name": "KNN", "val_dataset": dataset}):
+        assert _preprocessing({"Evaluators": [spec]}, None) == (steps, (32, 32))

@@ -204,7 +204,8 @@ def _validation_dataset(config: Mapping[str, Any]) -> Optional[Any]:
     """That of DataLoader.Eval, or else of the first evaluator that has one."""
     dataset = ((config.get("DataLoader") or {}).get("Eval") or {}).get("dataset")
     for spec in config.get("Evaluators") or []:
-        dataset = dataset or component_parts(spec)[1].get("val_dataset")
+        name, arguments = component_parts(spec)
+        dataset = dataset or arguments.get("dataset" if name == "Classification" else "val_dataset")
     return dataset
 
 

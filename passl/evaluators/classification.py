@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Optional
@@ -14,6 +15,8 @@ from passl import distributed
 from passl.evaluators.classification_report import ClassificationReport
 from passl.evaluators.evaluator import Evaluator, map_dataset
 from passl.registry import EVALUATORS
+
+logger = logging.getLogger("passl")
 
 
 @EVALUATORS.register()
@@ -84,6 +87,9 @@ class Classification(Evaluator):
                 f"labels must be in 0 to {logits.shape[1] - 1}, the classes of the model, and are from {labels.min()} "
                 f"to {labels.max()}"
             )
+        broken = np.count_nonzero(np.isnan(logits).any(axis=1))
+        if broken:
+            logger.warning("the logits of %d of %d images are not numbers: none of these is right", broken, len(logits))
         result = {f"top{k}": accuracy(logits, labels, k) for k in self.topk}
         loss = nn.functional.cross_entropy(paddle.to_tensor(logits), paddle.to_tensor(labels)).item()
         result["loss"] = loss
@@ -114,10 +120,11 @@ def accuracy(logits: np.ndarray, labels: np.ndarray, k: int) -> float:
 
 
 def count_hits(logits: np.ndarray, labels: np.ndarray, k: int) -> int:
-    """Number of rows of ``logits`` [N, C] whose label [N] is among the k largest."""
+    """Number of rows of ``logits`` [N, C] whose label [N] is among the k largest. A row with a NaN is no hit."""
     k = min(k, logits.shape[1])
     largest = np.argpartition(-logits, k - 1, axis=1)[:, :k]
-    return int((largest == labels[:, None]).any(axis=1).sum())
+    hits = (largest == labels[:, None]).any(axis=1)
+    return int((hits & ~np.isnan(logits).any(axis=1)).sum())
 
 
 def check_batches(batch_size: int, num_workers: int) -> None:

@@ -6,6 +6,7 @@ import functools
 import hashlib
 import json
 import os
+import types
 from collections.abc import Mapping
 from typing import Any
 
@@ -32,11 +33,14 @@ def of_network(layer: nn.Layer) -> str:
         digest.update(f"{name} {array.dtype} {array.shape}".encode())
         digest.update(array.data if array.size else b"")
     for name, part in [("", layer), *layer.named_sublayers()]:
-        settings = {
-            key: value for key, value in vars(part).items() if key not in _PASSING and isinstance(value, _PLAIN)
-        }
+        settings = {key: value for key, value in vars(part).items() if key not in _PASSING and _is_plain(value)}
         digest.update(f"{name} {type(part).__qualname__} {sorted(settings.items())}".encode())
     return digest.hexdigest()
+
+
+def _is_plain(value: Any) -> bool:
+    """Also of lists, such as the strides of a convolution."""
+    return isinstance(value, _PLAIN) or (isinstance(value, (list, tuple)) and all(map(_is_plain, value)))
 
 
 def of_data(dataset: Samples) -> str:
@@ -90,6 +94,8 @@ def described(value: Any) -> Any:
         return [described(one) for one in value]
     if isinstance(value, Mapping):
         return [(str(key), described(one)) for key, one in sorted(value.items(), key=lambda pair: str(pair[0]))]
+    if isinstance(value, types.MethodType):
+        return [value.__func__.__qualname__, described(value.__self__)]
     if isinstance(value, functools.partial):
         return described([value.func, value.args, value.keywords])
     if isinstance(value, type) or (hasattr(value, "__qualname__") and "<" not in value.__qualname__):

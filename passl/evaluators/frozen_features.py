@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from paddle import nn
 from passl import checkpoint, distributed
 from passl.evaluators import fingerprint
 from passl.evaluators.evaluator import map_dataset
+from passl.evaluators.labels import check_labelled
 from passl.formats.atomic import replacing
 from passl.models.probe import check_num_blocks
 
@@ -206,23 +208,14 @@ def _write(features: FrozenFeatures, file: Path) -> None:
 # --- labels and heads ------------------------------------------------------------------------------------------------
 
 
-def check_labelled(**datasets: Any) -> None:
-    """Raises ValueError for data sets without labels, with labels below 0, or whose classes are not the same."""
-    for name, dataset in datasets.items():
-        if dataset.labels is None:
-            raise ValueError(f"{name} has no labels: use class folders (ImageFolder) or a csv (ImageList)")
-        unlabelled = int((np.asarray(dataset.labels) < 0).sum())
-        if unlabelled:
-            raise ValueError(f"labels must be from 0, and {unlabelled} of {name} are below")
+def check_labels(train_dataset: Any, val_dataset: Any) -> None:
+    """Raises ValueError for labels that do not agree (see `check_labelled`), or too large to have a weight for each."""
+    check_labelled(train_dataset, val_dataset)
+    for name, dataset in (("train_dataset", train_dataset), ("val_dataset", val_dataset)):
         if len(dataset.labels) and int(np.max(dataset.labels)) >= _MAX_CLASSES:
             raise ValueError(
                 f"a label of {name} is {int(np.max(dataset.labels))}: number the classes from 0 without gaps"
             )
-    names = [list(dataset.class_names) for dataset in datasets.values() if len(dataset.class_names)]
-    odd = sorted(set().union(*names) - set.intersection(*map(set, names))) if names else []
-    if any(one != names[0] for one in names):
-        reason = f"only in one of them: {', '.join(odd[:10])}" if odd else "their order is not the same"
-        raise ValueError(f"the classes of {' and '.join(datasets)} differ, so labels would not agree; {reason}")
 
 
 def count_classes(*datasets: Any) -> int:
@@ -242,7 +235,7 @@ def save_probe(backbone: nn.Layer, weight: np.ndarray, bias: np.ndarray, target:
 
 def how_to_use(target: Path, choice: FeatureChoice, num_classes: int) -> str:
     """What to type for ``target`` with passl-eval, passl-export or passl-train."""
-    what = f"-o Global.pretrained_model={target} -o Model.num_classes={num_classes}"
+    what = f"-o {shlex.quote(f'Global.pretrained_model={target}')} -o Model.num_classes={num_classes}"
     if choice.n_last_blocks == 0:
         return what
     return f"{what} -o Model.n_last_blocks={choice.n_last_blocks} -o Model.avgpool={str(choice.avgpool).lower()}"

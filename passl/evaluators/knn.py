@@ -17,6 +17,7 @@ from paddle import nn
 from passl import distributed
 from passl.evaluators.classification import check_batches, count_hits
 from passl.evaluators.evaluator import Evaluator, backbones_of, map_dataset
+from passl.evaluators.labels import check_labelled
 from passl.evaluators.neighbours import nearest
 from passl.registry import EVALUATORS
 
@@ -24,6 +25,7 @@ logger = logging.getLogger("passl")
 
 _CHUNK_ELEMENTS = 1 << 22  # votes held at a time: 32 MB
 _MAX_CLASSES = 1 << 20
+_LOWEST_TEMPERATURE = 0.002  # below 0.0015 the vote of an equal image is infinite
 _TOPS = (1, 5)
 _PREFIXES = {"teacher": "", "student": "student_"}  # of the names of results
 
@@ -35,7 +37,7 @@ class KNN(Evaluator):
     Args:
         train_dataset, val_dataset: labelled images, with the validation transform on both.
         k: neighbours; a k above the number of training images uses them all.
-        temperature: of the votes ``exp(similarity / temperature)``.
+        temperature: of the votes ``exp(similarity / temperature)``; from 0.002.
         models: whose features: the teacher's (or those of the only backbone), named ``knn_top1_k20`` and so on, and the
             student's, ``student_knn_top1_k20``. Each image is loaded once for both.
         prefix: of all these names: ``cifar10`` makes ``cifar10_knn_top1_k20`` of them, so that one configuration can
@@ -55,20 +57,12 @@ class KNN(Evaluator):
         models: Sequence[Literal["teacher", "student"]] = ("teacher",),
         prefix: str = "",
     ) -> None:
-        for name, dataset in (("train_dataset", train_dataset), ("val_dataset", val_dataset)):
-            if dataset.labels is None:
-                raise ValueError(
-                    f"KNN needs labels, and {name} has none: use class folders (ImageFolder) or a csv (ImageList)"
-                )
-            unlabelled = int((np.asarray(dataset.labels) < 0).sum())
-            if unlabelled:
-                raise ValueError(f"KNN needs labels from 0, and {unlabelled} of {name} are below")
+        check_labelled(train_dataset, val_dataset)
         _check(k, temperature)
         _check_models(models)
         if prefix and not re.fullmatch(r"[\w.-]+", prefix):
             raise ValueError(f"prefix ({prefix!r}) must be letters, digits, '_', '.' and '-', such as cifar10")
         check_batches(batch_size, num_workers)
-        _check_classes(train_dataset, val_dataset)
         self.train_dataset = train_dataset
         self.val_dataset = val_dataset
         self.k = tuple(dict.fromkeys(k))
@@ -174,7 +168,7 @@ def knn_votes(
         training label + 1.
 
     Raises:
-        ValueError: an empty set, rows that are not finite, a k below 1, a temperature that is not positive, or a label
+        ValueError: an empty set, rows that are not finite, a k below 1, a temperature below 0.002, or a label
             that is negative or too large to have a column of votes for each class up to it.
     """
     _check(k, temperature)
@@ -210,6 +204,10 @@ def _check(k: Sequence[int], temperature: float) -> None:
         raise ValueError(f"k ({list(k)}) must be one or more numbers above 0")
     if not temperature > 0:  # also NaN
         raise ValueError(f"temperature ({temperature}) must be positive")
+    if temperature < _LOWEST_TEMPERATURE:
+        raise ValueError(
+            f"temperature ({temperature}) must be at least {_LOWEST_TEMPERATURE}: votes would be too large to count"
+        )
 
 
 def _check_sets(train: np.ndarray, train_labels: np.ndarray, test: np.ndarray) -> None:
@@ -235,22 +233,3 @@ def _check_finite(train: np.ndarray, test: np.ndarray) -> None:
                 f"k-NN: {broken} of {len(features)} {name} feature rows are not finite (NaN or infinite): the weights "
                 "are probably broken"
             )
-
-
-def _check_classes(train_dataset: Any, val_dataset: Any) -> None:
-    """Labels are positions in the class names, which must be the same ones, or numbers that need no names."""
-    train, val = list(train_dataset.class_names), list(val_dataset.class_names)
-    if train and val and train != val:
-        differing = sorted(set(train) ^ set(val))
-        reason = f"only in one of them: {', '.join(differing[:10])}" if differing else "their order is not the same"
-        raise ValueError(
-            f"the {len(train)} training and {len(val)} validation classes differ, so labels would not agree; {reason}"
-        )
-    names = train or val
-    # Folders "0", "1", ... are in the order of their numbers up to "9" only.
-    if bool(train) != bool(val) and names != [str(label) for label in range(len(names))]:
-        named, numbered = ("train_dataset", "val_dataset") if train else ("val_dataset", "train_dataset")
-        raise ValueError(
-            f"{named} has class names ({', '.join(names[:10])}) and {numbered} has numbers as labels, so they might "
-            "not agree: use names in both or numbers in both"
-        )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable
+from typing import Optional
 
 import numpy as np
 
@@ -13,24 +14,43 @@ Function = Callable[[np.ndarray], tuple[float, np.ndarray]]
 _MEMORY = 10  # pairs of steps and changes of the gradient
 _DECREASE, _CURVATURE = 1e-4, 0.9  # of the Wolfe conditions
 _TRIES = 60
+_SHARE = 100.0
+_SMALL = 1e-9  # of values below, rounding hides a share
 
 
 def minimize(
-    value_and_gradient: Function, start: np.ndarray, max_iterations: int = 1000, tolerance: float = 1e-6
+    value_and_gradient: Function,
+    start: np.ndarray,
+    max_iterations: int = 1000,
+    tolerance: float = 1e-6,
+    curvatures: Optional[np.ndarray] = None,
 ) -> tuple[np.ndarray, bool]:
     """Where no element of the gradient is larger than ``tolerance``, or as far as it comes.
 
     Args:
         value_and_gradient: x [N] -> value and gradient [N], float64.
+        curvatures: [N], such that the function without ``sum(curvatures * x**2) / 2`` is convex. They tell how much
+            lower the lowest value can be: no more than by a share of 100 * ``tolerance`` (of values from 1e-9). Where
+            one is 0, the value itself stands for it, as is about right for a bias under a small cross-entropy.
 
     Returns:
-        x, and whether the gradient is as small as that.
+        x, and whether it is as close as that.
     """
+
+    def is_close() -> bool:
+        if not np.abs(gradient).max() <= tolerance:
+            return False
+        if curvatures is None:
+            return True
+        least = max(value, _SMALL)
+        room = float((gradient**2 / np.where(curvatures > 0, curvatures, least)).sum()) / 2
+        return room <= _SHARE * tolerance * least
+
     x = np.array(start, np.float64)
     value, gradient = value_and_gradient(x)
     pairs: deque[tuple[np.ndarray, np.ndarray, float]] = deque(maxlen=_MEMORY)
     for _ in range(max_iterations):
-        if np.abs(gradient).max() <= tolerance:
+        if is_close():
             return x, True
         direction = -_times_inverse(pairs, gradient)
         slope = float(gradient @ direction)
@@ -46,7 +66,7 @@ def minimize(
         if (product := float(change @ move)) > 1e-300:
             pairs.append((move, change, product))
         x, value, gradient = x + move, new_value, new_gradient
-    return x, bool(np.abs(gradient).max() <= tolerance)
+    return x, is_close()
 
 
 def _times_inverse(pairs: deque[tuple[np.ndarray, np.ndarray, float]], gradient: np.ndarray) -> np.ndarray:

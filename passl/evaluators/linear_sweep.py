@@ -23,7 +23,7 @@ from passl.evaluators.frozen_features import (
     FeatureChoice,
     FrozenFeatures,
     cache_folder,
-    check_labelled,
+    check_labels,
     choices_for,
     count_classes,
     extract,
@@ -61,12 +61,11 @@ class LinearSweep(Evaluator):
         n_last_blocks, avgpool: as of LinearProbe; all pairs are tried.
         epochs: over the features.
         train_batch_size: features in a step; batch_size: images that the backbone is given at a time.
+        file: what the names of files and results begin with.
         cache: keep the features: true in the run's folder, or in a folder that several runs share. They are used again
             while weights, images (by name, size and date) and transform are the same, and not kept where the transform
             is random.
     """
-
-    key_metric = "linear_top1"
 
     def __init__(
         self,
@@ -85,7 +84,7 @@ class LinearSweep(Evaluator):
         batch_size: int = 64,
         num_workers: int = 0,
     ) -> None:
-        check_labelled(train_dataset=train_dataset, val_dataset=val_dataset)
+        check_labels(train_dataset, val_dataset)
         check_batches(batch_size, num_workers)
         n_last_blocks = [n_last_blocks] if isinstance(n_last_blocks, int) else list(n_last_blocks)
         avgpool = [avgpool] if isinstance(avgpool, bool) else list(avgpool)
@@ -113,12 +112,13 @@ class LinearSweep(Evaluator):
         self.seed = seed
         self.cache = cache
         self.file = file
+        self.key_metric = f"{file}_top1"
         self.batch_size = batch_size
         self.num_workers = num_workers
 
     def run(self, model: nn.Layer, output_dir: Path) -> dict[str, float]:
         """The best classifier's `linear_top1`, `linear_top5` and `linear_loss`, and the best top-1 of each choice of
-        features, `linear_top1_n4_avgpool` for example.
+        features, `linear_top1_n4_avgpool` for example; `linear` is `file`.
         """
         choices = choices_for(model, self.n_last_blocks, self.avgpool)
         folder = cache_folder(self.cache, output_dir)
@@ -131,9 +131,9 @@ class LinearSweep(Evaluator):
             raise ValueError("every classifier diverged: give lower learning_rates")
         if distributed.is_main():
             self._write(model, rows, best, num_classes, Path(output_dir))
-        results = {f"linear_{name}": best[0][name] for name in ("top1", "top5", "loss")}
+        results = {f"{self.file}_{name}": best[0][name] for name in ("top1", "top5", "loss")}
         for choice in choices:
-            results[f"linear_top1_{choice}"] = max(row["top1"] for row in rows if row["features"] == str(choice))
+            results[f"{self.file}_top1_{choice}"] = max(row["top1"] for row in rows if row["features"] == str(choice))
         return results
 
     def _of_all_processes(
@@ -221,7 +221,8 @@ class LinearSweep(Evaluator):
         rates = [rate for rate, _ in self.pairs]
         if len(set(rates)) > 1 and row["learning_rate"] in (min(rates), max(rates)):
             logger.warning("linear: the best learning rate (%g) is at the end of those tried", row["learning_rate"])
-        logger.info("linear: the best is a LinearProbe in %s", how_to_use(target, choice, num_classes))
+        options = how_to_use(target, choice, num_classes)
+        logger.info("linear: the best is kept as a LinearProbe, to be used with %s", options)
 
 
 def _best_of(rows: Sequence[dict[str, Any]]) -> Optional[int]:

@@ -17,7 +17,7 @@ from passl.evaluators.classification import check_batches
 from passl.evaluators.evaluator import Evaluator
 from passl.evaluators.frozen_features import (
     cache_folder,
-    check_labelled,
+    check_labels,
     choices_for,
     count_classes,
     extract,
@@ -37,7 +37,7 @@ class LogisticRegression(Evaluator):
     SimCLR and CLIP have it: L-BFGS to the minimum, nothing to draw or to schedule.
 
     It minimises ``C * (sum of the cross-entropy) + (sum of squared weights) / 2``, as scikit-learn does; biases are
-    free.
+    free. (Of two classes scikit-learn has one weight vector, so that it takes twice this C there.)
     Written to the run's folder: `{file}.pdparams`, the classifier with the backbone as a LinearProbe.
 
     Args:
@@ -48,12 +48,11 @@ class LogisticRegression(Evaluator):
         hold_out: share of the training images of each class, drawn from `seed`.
         standardize: divide each feature by its standard deviation over the training images, after taking off its mean;
             the saved classifier takes the features as they are.
-        max_iterations, tolerance: stop after so many, or where the gradient is no larger, see `fit_logistic`.
+        max_iterations, tolerance: stop after so many, or that close to the minimum, see `fit_logistic`.
         n_last_blocks, avgpool: as of LinearProbe.
         cache: see LinearSweep, with which it shares the files.
+        file: what the names of files and results begin with.
     """
-
-    key_metric = "logistic_top1"
 
     def __init__(
         self,
@@ -72,7 +71,7 @@ class LogisticRegression(Evaluator):
         batch_size: int = 64,
         num_workers: int = 0,
     ) -> None:
-        check_labelled(train_dataset=train_dataset, val_dataset=val_dataset)
+        check_labels(train_dataset, val_dataset)
         check_batches(batch_size, num_workers)
         strengths = [C] if isinstance(C, (int, float)) else list(C)
         if not strengths or not all(0 < value < math.inf for value in strengths):
@@ -97,11 +96,14 @@ class LogisticRegression(Evaluator):
         self.seed = seed
         self.cache = cache
         self.file = file
+        self.key_metric = f"{file}_top1"
         self.batch_size = batch_size
         self.num_workers = num_workers
 
     def run(self, model: nn.Layer, output_dir: Path) -> dict[str, float]:
-        """`logistic_top1`, `logistic_top5` and `logistic_loss` on the validation images, and `logistic_C`."""
+        """`logistic_top1`, `logistic_top5` and `logistic_loss` on the validation images, and `logistic_C`;
+        `logistic` is `file`.
+        """
         (choice,) = choices_for(model, [self.n_last_blocks], [self.avgpool])
         folder = cache_folder(self.cache, output_dir)
         loading = {"cache": folder, "batch_size": self.batch_size, "num_workers": self.num_workers}
@@ -117,12 +119,13 @@ class LogisticRegression(Evaluator):
             rates, loss = head.rates(val.of(choice), val.labels, (1, 5))
             target = Path(output_dir) / f"{self.file}.pdparams"
             save_probe(model, weight, bias, target)
-            logger.info("logistic: the classifier is a LinearProbe in %s", how_to_use(target, choice, num_classes))
+            options = how_to_use(target, choice, num_classes)
+            logger.info("logistic: the classifier is kept as a LinearProbe, to be used with %s", options)
             found = {
-                "logistic_top1": float(rates[0, 0]),
-                "logistic_top5": float(rates[0, 1]),
-                "logistic_loss": float(loss[0]),
-                "logistic_C": strength,
+                f"{self.file}_top1": float(rates[0, 0]),
+                f"{self.file}_top5": float(rates[0, 1]),
+                f"{self.file}_loss": float(loss[0]),
+                f"{self.file}_C": strength,
             }
         return distributed.broadcast_object(found)
 
@@ -182,11 +185,12 @@ def fit_logistic(
 
     Args:
         rows: [N, W]; labels: [N], from 0 to num_classes - 1.
-        tolerance: of the gradient in these coordinates; the loss is then within W * C * tolerance**2 of the lowest.
+        tolerance: of the gradient in these coordinates. As gradients are small far from the minimum where classes can
+            be told apart without a mistake, the loss is also within a share of 100 * tolerance of the lowest.
         start: weight and bias; None: zeros.
 
     Returns:
-        Weight [W, C], bias [C], and whether the gradient is within ``tolerance``.
+        Weight [W, C], bias [C], and whether they are within ``tolerance``.
     """
     count = len(rows)
     penalty = 1.0 / (strength * count)
@@ -200,7 +204,9 @@ def fit_logistic(
     matrix = np.zeros((rows.shape[1] + 1, num_classes))
     if start is not None:
         matrix[:-1], matrix[-1] = (axes * sizes).T @ start[0], start[1] + mean @ start[0]
-    flat, is_done = minimize(function, matrix.ravel(), max_iterations, tolerance)
+    curvatures = np.zeros_like(matrix)
+    curvatures[:-1] = function.penalties
+    flat, is_done = minimize(function, matrix.ravel(), max_iterations, tolerance, curvatures.ravel())
     matrix = flat.reshape(matrix.shape)
     weight = to_weight @ matrix[:-1]
     return weight, matrix[-1] - mean @ weight, is_done

@@ -115,3 +115,15 @@ def test_labels_of_more_classes_than_the_model_has(folder):
 def test_wrong_arguments(folder, name):
     with pytest.raises(ValueError, match="predictions .* must be the name of a file"):
         measured(folder, predictions=name)
+
+
+def test_logits_that_are_not_numbers_are_wrong(folder, caplog):
+    class Broken(Brightest):
+        def predict(self, images):
+            return float("nan") * images.mean([2, 3])
+
+    dataset = ImageFolder(folder / "data", ToTensor())
+    with caplog.at_level(logging.WARNING, "passl"):
+        result = evaluate(Classification(dataset, report=True), Broken(), folder)
+    assert result["top1"] == result["top5"] == 0
+    assert "the logits of 9 of 9 images are not numbers: none of these is right" in caplog.text

@@ -12,7 +12,15 @@ from PIL import Image
 from passl.data.datasets import ImageList
 from passl.data.samples import Samples
 from passl.data.transforms import ToTensor
-from passl.evaluators import KNN, Classification, evaluate, knn_classify, neighbours
+from passl.evaluators import (
+    KNN,
+    Classification,
+    LinearSweep,
+    LogisticRegression,
+    evaluate,
+    knn_classify,
+    neighbours,
+)
 from passl.evaluators import knn as knn_module
 from passl.evaluators.classification import accuracy
 from passl.evaluators.knn import normalize
@@ -300,9 +308,17 @@ def test_numbered_lists_need_not_hold_the_same_classes(tmp_path):
         ([], ["0", "1", "10"], "val_dataset has class names .* and train_dataset has numbers"),
     ],
 )
-def test_classes_that_might_not_agree(train, val, text):
+@pytest.mark.parametrize("evaluator", [KNN, LinearSweep, LogisticRegression])
+def test_classes_that_might_not_agree(evaluator, train, val, text):
     with pytest.raises(ValueError, match=text):
-        KNN(dataset([0, 1], train), dataset([0, 1], val))
+        evaluator(dataset([0, 1], train), dataset([0, 1], val))
+
+
+def test_the_lowest_temperature_has_finite_votes():
+    rows = np.eye(3, dtype=np.float32)
+    votes = knn_classify(rows, np.array([0, 1, 1]), rows, [3], 0.002)[3]
+    assert np.isfinite(votes).all()
+    assert votes.argmax(1).tolist() == [0, 1, 1]
 
 
 def test_classes_that_agree():
@@ -327,6 +343,7 @@ WRONG_BATCHES = [
         ({"models": ["teachers"]}, r"models \(\['teachers'\]\) must be"),
         ({"temperature": 0}, r"temperature \(0\) must be positive"),
         ({"temperature": float("nan")}, r"temperature \(nan\) must be positive"),
+        ({"temperature": 0.001}, r"temperature \(0.001\) must be at least 0.002"),
         ({"val_dataset": dataset([0, -1])}, "1 of val_dataset are below"),
     ],
 )

@@ -171,6 +171,14 @@ def test_table_and_the_best_as_a_probe(folder, backbone, caplog):
     assert scored["loss"] == pytest.approx(best["loss"], abs=1e-5)
 
 
+def test_a_name_of_its_own(folder, backbone):
+    """Two in one configuration would have the same results otherwise."""
+    second = sweep(folder, file="second", n_last_blocks=1, avgpool=False)
+    assert second.result_names() == [second.key_metric] == ["second_top1"]
+    assert set(evaluate(second, backbone, folder)) == {"second_top1", "second_top5", "second_loss", "second_top1_n1"}
+    assert (folder / "second_best.pdparams").exists()
+
+
 def test_the_same_twice(folder, backbone):
     found = [evaluate(sweep(folder), backbone, folder / name) for name in ("a", "b")]
     assert found[0] == found[1]
@@ -311,6 +319,8 @@ def test_what_makes_features_stale(folder, backbone, counted):
     assert computed() == 0
     assert computed(transform=Compose([ToTensor(), ToTensorTwice()])) == 2
     assert computed(transform=Compose([ToTensor(), ToTensorTwice(3)])) == 2
+    assert computed(transform=Compose([ToTensor(), ToTensorTwice(4).__call__])) == 2
+    assert computed(transform=Compose([ToTensor(), ToTensorTwice(5).__call__])) == 2, "a method is its object's"
     other = VisionTransformer(16, 8, embed_dim=12, depth=3, num_heads=3)  # the same weights in other heads
     other.set_state_dict(backbone.state_dict())
     other.eval()
@@ -394,6 +404,14 @@ print(fingerprint.of_network(network))
     assert first.split()[0] == second
     dataset = ImageFolder(folder / "val", ToTensor())
     assert first.split() == [frozen.fingerprint.of_network(backbone), frozen.fingerprint.of_data(dataset)]
+
+
+def test_settings_in_lists_are_the_networks():
+    keys = []
+    for stride in (1, 2):
+        paddle.seed(0)
+        keys.append(frozen.fingerprint.of_network(paddle.nn.Conv2D(3, 4, 3, stride=stride)))
+    assert keys[0] != keys[1]
 
 
 def test_columns_of_a_probe():

@@ -52,6 +52,29 @@ def test_the_minimum(strength):
         assert objective(rows, labels, weight + step, bias + 1e-3 * rng.standard_normal(4), strength) > lowest
 
 
+@pytest.mark.parametrize("strength", [1.0, 100.0, 1e4])
+def test_the_minimum_of_classes_without_mistakes(strength):
+    """Where gradients are small far from it."""
+    rows, labels = problem()
+    rows[:, 0] += 20 * labels
+    found = []
+    for tolerance in (1e-6, 1e-10):
+        weight, bias, is_done = fit_logistic(rows, labels, 4, strength, tolerance=tolerance)
+        assert is_done
+        found.append(objective(rows, labels, weight, bias, strength))
+    assert found[0] < 1.001 * found[1]
+
+
+def test_images_of_one_class_of_several_have_an_end():
+    """The bias alone could grow for ever."""
+    rows, labels = problem()
+    for strength in (1e-3, 1.0, 100.0, 1e6):
+        weight, bias, is_done = fit_logistic(rows, np.ones_like(labels), 3, strength)
+        assert is_done
+        assert np.isfinite(weight).all()
+        assert bias.argmax() == 1
+
+
 @pytest.mark.parametrize("classes", [2, 4])
 def test_scikit_learn_is_at_the_same_point(classes):
     linear_model = pytest.importorskip("sklearn.linear_model")
@@ -148,6 +171,12 @@ def test_c_is_chosen_on_training_images_alone(folder, backbone, caplog):
     for path in (folder / "val").rglob("*.png"):
         Image.new("RGB", (16, 16)).save(path)
     assert evaluate(logistic(folder), backbone, folder)["logistic_C"] == first["logistic_C"]
+
+
+def test_a_name_of_its_own(folder, backbone):
+    second = logistic(folder, file="second", C=1.0)
+    assert second.result_names() == ["second_top1"]
+    assert set(evaluate(second, backbone, folder)) == {"second_top1", "second_top5", "second_loss", "second_C"}
 
 
 def test_features_are_shared_with_the_sweep(folder, backbone, caplog):
