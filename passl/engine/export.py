@@ -11,11 +11,11 @@ from typing import Any, Optional
 import paddle
 from paddle import nn
 
-from passl import exported, log
+from passl import exported
 from passl.config import Config, ConfigError, component_parts
 from passl.data.datasets import ImageFolder
 from passl.data.transforms import IMAGENET_MEAN, IMAGENET_STD
-from passl.engine import build, data_section, run, start
+from passl.engine import build, subject
 from passl.engine.settings import DataSettings
 from passl.evaluators.classification import check_batches
 from passl.evaluators.evaluator import map_dataset
@@ -74,18 +74,7 @@ def export_config(config: Config, options: ExportOptions) -> tuple[Path, Meta]:
     export_type = options.export_type or section.get("export_type") or "paddle"
     out = Path(options.out or f"{config['Model']['name']}{exported.SUFFIXES[export_type]}")
     check_target(out, export_type, options.raw)  # before anything takes time
-    log.setup()
-    run.set_up(settings)
-    config, _ = data_section.complete(config, config, settings, Path(settings.output_dir))
-    data = data_section.settings_of(config)
-    if data is None and data_section.in_chans(config) != 3:
-        raise ConfigError(
-            [f"the backbone's in_chans is {data_section.in_chans(config)}: say what images hold, {data_section.ADVICE}"]
-        )
-    paddle.seed(settings.seed)
-    model = build.model(config)
-    is_whole = start.load_given(settings, model, "exporting")
-    model.eval()
+    model, is_whole, config, data = subject.load_model(config, "exporting")
     sides = options.image_size or _configured_size(section.get("input_shape"), data)
     preprocessing, (height, width) = _preprocessing(config, sides, data)
     _check_sides((height, width), multiple_of(getattr(model, "backbone", model)))

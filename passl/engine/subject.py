@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, NamedTuple, Optional
 
 import paddle
 from paddle import nn
@@ -16,6 +16,7 @@ from passl.config import Config, ConfigError, component_parts
 from passl.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from passl.engine import build, data_section, run, start
 from passl.engine.passl_config import translate
+from passl.engine.settings import DataSettings
 from passl.formats.limits import CheckpointFormatError
 from passl.yaml_io import parse
 
@@ -37,8 +38,20 @@ class Subject:
     std: tuple[float, ...]
 
 
-def load(config: Config, doing: str) -> Subject:
-    """The backbone of a checked configuration, with the weights that ``Global.pretrained_model`` names.
+class Loaded(NamedTuple):
+    """A model in eval mode, its configuration with nothing left open, and what its images hold.
+
+    is_whole: whether the weights were those of all of it, not of its backbone alone.
+    """
+
+    model: nn.Layer
+    is_whole: bool
+    config: Config
+    data: Optional[DataSettings]
+
+
+def load_model(config: Config, doing: str) -> Loaded:
+    """The model of a checked configuration, with the weights that ``Global.pretrained_model`` names.
 
     doing: what is done to it, for the warning that it is untrained.
 
@@ -57,8 +70,14 @@ def load(config: Config, doing: str) -> Subject:
         )
     paddle.seed(settings.seed)
     model = build.model(config)
-    start.load_given(settings, model, doing)
+    is_whole = start.load_given(settings, model, doing)
     model.eval()
+    return Loaded(model, is_whole, config, data)
+
+
+def load(config: Config, doing: str) -> Subject:
+    """The backbone of :func:`load_model`; its arguments and errors."""
+    model, _, config, data = load_model(config, doing)
     backbone = getattr(model, "backbone", model)
     name = component_parts(_backbone_section(config["Model"]))[0]
     if data is None:

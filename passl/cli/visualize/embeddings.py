@@ -42,7 +42,7 @@ def add_to(commands: Any) -> None:
         "--images", nargs="+", metavar="DIR",
         help="a folder (its folders are the classes), or files and patterns; with --features where its paths start",
     )  # fmt: skip
-    add("--features", metavar="F.npy", help="features of passl-eval in place of a network, with F.csv or index.csv beside")
+    add("--features", metavar="F.npy", help="features of passl-eval in place of a network, with F.csv or index.csv")
     add("--output_dir", "--output-dir", default="output/embeddings", metavar="DIR", help="default: %(default)s")
     add("--method", choices=tuple(_NAMES), default="tsne", help="default: %(default)s; pca needs no extra")
     add("--perplexity", type=float, metavar="P", help="of tsne: about how many neighbours count (default: up to 30)")
