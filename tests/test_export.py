@@ -318,7 +318,7 @@ def test_a_backbone_with_a_bank_by_its_name(folder, tmp_path):
 def test_what_the_command_refuses(folder, options, code, text, monkeypatch, capsys):
     # What would change this process for the tests after it.
     monkeypatch.setattr("passl.engine.subject.run.set_up", lambda settings: None)
-    monkeypatch.setattr("passl.engine.export.log.setup", lambda: None)
+    monkeypatch.setattr("passl.engine.subject.log.setup", lambda: None)
     monkeypatch.chdir(folder)
     with pytest.raises(SystemExit) as stopped:
         export_main(options)
