@@ -25,7 +25,7 @@ def overview(
 
     Args:
         image: uint8 [H, W, 3]
-        maps: [heads, h, w], each drawn from its smallest to its largest value.
+        maps: [heads, h, w], each drawn from its smallest value to one that only its brightest patches pass.
         masks: bool [heads, h, w]
         labels: of the maps; "head 0", "head 1" ... by default.
 
@@ -41,7 +41,7 @@ def overview(
     names = [f"head {head}" for head in range(len(maps))] if labels is None else list(labels)
     mean_name = f"mean of {len(maps)} heads" if len(maps) > 1 else f"{names[0]}, over the image"
     leading = [Tile("image", image), Tile(mean_name, glowing(image, maps.mean(0), cmap))]
-    bands = [[Tile(name, _drawn(image, one, cmap), crisp=True) for name, one in zip(names, maps)]]
+    bands = [[Tile(name, _drawn(image, one, cmap, *_range(one)), crisp=True) for name, one in zip(names, maps)]]
     if masks is not None:
         pixels = upsampled(masks, *image.shape[:2])
         bands.append([Tile(f"{name}, mask", shaded(image, mask)) for name, mask in zip(names, pixels)])
@@ -55,7 +55,7 @@ def similarity_overview(image: np.ndarray, similarity: np.ndarray, patch: tuple[
     """
     framed = _framed(image, patch, similarity.shape)
     glow = _framed(glowing(image, similarity, cmap), patch, similarity.shape)
-    alone = _framed(_drawn(image, similarity, cmap), patch, similarity.shape)
+    alone = _framed(_drawn(image, similarity, cmap, similarity.min(), similarity.max()), patch, similarity.shape)
     label = f"similarity, {similarity.min():.2f} to {similarity.max():.2f}"
     return sheet([Tile("image and patch", framed), Tile("similar patches", glow), Tile(label, alone)], [])
 
@@ -71,13 +71,13 @@ def glowing(image: np.ndarray, values: np.ndarray, cmap: str = "inferno") -> np.
 
 
 def _range(values: np.ndarray) -> tuple[float, float]:
-    # A single bright patch would leave all others black.
-    return float(values.min()), float(np.percentile(values, 99.5))
+    # A few bright patches would leave all others black.
+    brightest = min(max(4 / values.size, 0.005), 0.5)
+    return float(values.min()), float(np.quantile(values, 1 - brightest))
 
 
-def _drawn(image: np.ndarray, values: np.ndarray, cmap: str) -> np.ndarray:
-    level = stretched(values, values.min(), values.max())
-    return coloured(upsampled(level, *image.shape[:2]), cmap)
+def _drawn(image: np.ndarray, values: np.ndarray, cmap: str, low: float, high: float) -> np.ndarray:
+    return coloured(upsampled(stretched(values, low, high), *image.shape[:2]), cmap)
 
 
 def _framed(image: np.ndarray, patch: tuple[int, int], grid: tuple[int, int]) -> np.ndarray:

@@ -79,7 +79,7 @@ def _placed(points: np.ndarray) -> tuple[np.ndarray, int]:
     """Pixels [N, 2] of the points (y upwards), and the height of the map that fits their shape."""
     low, high = (points.min(axis=0), points.max(axis=0)) if len(points) else (np.zeros(2), np.zeros(2))
     spread = high - low
-    height = int(np.clip(_WIDTH * spread[1] / spread[0] if spread[0] else _WIDTH, _WIDTH * 0.5, _WIDTH * 0.85))
+    height = int(np.clip(_WIDTH * spread[1] / spread[0] if spread[0] else _WIDTH, _WIDTH * 0.35, _WIDTH * 0.85))
     room = np.array([_WIDTH, height]) - 2 * _MARGIN
     with np.errstate(divide="ignore"):
         scale = np.min(np.where(spread > 0, room / np.where(spread > 0, spread, 1), np.inf))
