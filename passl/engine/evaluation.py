@@ -32,7 +32,6 @@ class Measuring:
         self.log = log
         self.checkpoints = checkpoints
         self.folder = folder
-        self.seconds = 0.0
         self._last: tuple[int, dict[str, float]] = (-1, {})
 
     def run(self, trainer: Trainer) -> dict[str, float]:
@@ -48,14 +47,14 @@ class Measuring:
                 self.checkpoints.save(trainer, is_best=False)
             raise
         shown = ", ".join(f"{name}: {value:.5f}" for name, value in results.items())
-        self.seconds = time.perf_counter() - started
-        logger.info("[Eval][Epoch %d][Avg] %s, time: %.1f s", trainer.epoch + 1, shown, self.seconds)
+        seconds = time.perf_counter() - started
+        self.log.evaluation_seconds += seconds
+        logger.info("[Eval][Epoch %d][Avg] %s, time: %.1f s", trainer.epoch + 1, shown, seconds)
         self._last = trainer.step, results
         return results
 
     def record(self, trainer: Trainer, values: dict[str, Any]) -> None:
-        """Write ``values``, and how long the last measurement took."""
-        self.log.record(trainer.step, {"epoch": trainer.epoch + 1, **values, "seconds": self.seconds}, "eval")
+        self.log.record(trainer.step, {"epoch": trainer.epoch + 1, **values}, "eval")
 
     def _evaluate(self, trainer: Trainer) -> dict[str, float]:
         results: dict[str, float] = {}

@@ -8,7 +8,6 @@ import logging
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Optional
 
@@ -45,7 +44,7 @@ from passl.models import functional
 from passl.models.tokens import cls_attention
 from passl.registry import DATASETS
 from passl.visualize.attention import overview
-from passl.visualize.embeddings import project
+from passl.visualize.embeddings import project, require_method
 from passl.visualize.scatter import scatter_picture
 from passl.visualize.scatter_page import scatter_fragment
 from passl.visualize.sheet import stacked
@@ -98,6 +97,15 @@ def _leave_augmentation_out(dataset: Any, steps: Sequence[Mapping[str, Any]]) ->
             elif not isinstance(step, _RANDOM):
                 kept.append(step)
         dataset.transform = Compose(kept)
+
+
+def _best_method() -> str:
+    """t-SNE where it is installed."""
+    try:
+        require_method("tsne")
+    except exported.ExportError:
+        return "pca"
+    return "tsne"
 
 
 class Gallery:
@@ -177,9 +185,7 @@ class Gallery:
                 features.append(_features(backbone, batch))
                 batch = []
         rows = np.concatenate([*features, _features(backbone, batch)] if batch else features)
-        method = self.settings.method
-        if method == "auto":
-            method = "tsne" if find_spec("sklearn") else "pca"
+        method = _best_method() if self.settings.method == "auto" else self.settings.method
         points = project(rows, method)
         labels, class_names = _classes(dataset, indices)
         names = [dataset.describe(index) for index in indices]

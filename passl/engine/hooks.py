@@ -38,6 +38,7 @@ class LogHook:
 
     Attributes:
         writer: VisualDL's, during the training, on the first process and where it is asked for.
+        evaluation_seconds: what evaluations have taken since the start of this process.
     """
 
     def __init__(self, folder: Path, interval: int = 10, visualdl: bool = False) -> None:
@@ -57,6 +58,7 @@ class LogHook:
         self._num_local_processes = 1
         self._file: Optional[MetricsFile] = None
         self.writer: Any = None
+        self.evaluation_seconds = 0.0
         self._bar: Optional[tqdm] = None
 
     def before_train(self, trainer: Trainer) -> None:

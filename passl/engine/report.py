@@ -219,9 +219,6 @@ def _times(run: _Run) -> dict[str, str]:
         times["training, without evaluation"] = duration(seconds)
         times["images per second"] = f"{sum(c * r.get('ips', 0.0) for c, r in zip(steps, train)) / sum(steps):.1f}"
         times["of it waiting for data"] = f"{100 * waited / seconds:.1f} %" if seconds else ""
-    measured = [row["seconds"] for row in run.rows if row.get("phase") == "eval" and _is_finite(row.get("seconds"))]
-    if measured:
-        times["evaluations"] = f"{len(measured)}, {duration(sum(measured))}"
     for what, taken in _mapping(run.notes.get("seconds")).items():
         times[what] = f"{taken:.1f} s"
     return times

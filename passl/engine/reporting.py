@@ -6,7 +6,7 @@ import contextlib
 import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 from paddle import nn
 
@@ -46,7 +46,16 @@ class ReportHook:
             # Weights that were cast to half precision need inputs that are cast too.
             half = trainer.precision.level == "O2"
             with trainer.precision.autocast() if half else contextlib.nullcontext():
-                _write(self.settings, self.config, trainer.method, self.log.folder, trainer.step, self.log.writer)
+                log = self.log
+                _write(
+                    self.settings,
+                    self.config,
+                    trainer.method,
+                    log.folder,
+                    trainer.step,
+                    log.writer,
+                    log.evaluation_seconds,
+                )
         distributed.barrier()
 
 
@@ -78,14 +87,14 @@ def _write(
     folder: Path,
     step: int,
     writer: Any,
-    seconds: Optional[float] = None,
+    seconds: float,
 ) -> None:
     """What goes wrong here is said, and does not fail a run whose results are there already."""
     backbone = model.backbone if isinstance(model, Method) else model
     with _only_said(folder / GALLERY):
         gallery = Gallery(settings, folder, writer)
-        if seconds is not None:
-            gallery.notes["seconds"]["evaluators"] = seconds
+        if seconds:
+            gallery.notes["seconds"]["evaluation"] = seconds
         gallery.make(backbone, config, step)
     with _only_said(folder / REPORT):
         logger.info("report: %s", write_report([folder], folder / REPORT))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from typing import Any, Literal, Optional, Union
 
 import passl.data
@@ -14,7 +13,10 @@ from passl.engine.early_stopping import EarlyStopping
 from passl.engine.guard import Guard
 from passl.engine.non_finite import NonFinite
 from passl.engine.precision import DTYPES, LEVELS, GradScalerSettings
+from passl.exported import require
 from passl.registry import BACKBONES, DATASETS, EVALUATORS, METHODS, OPTIMIZERS, SCHEDULES, Registry
+
+_MODULES = {"tsne": "sklearn", "umap": "umap"}
 
 
 @dataclass(frozen=True)
@@ -32,9 +34,8 @@ class ReportSettings:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} ({getattr(self, name)}) must be at least 1")
         # Here, for the first to need it comes after the training.
-        module = {"tsne": "sklearn", "umap": "umap"}.get(self.method)
-        if module and find_spec(module) is None:
-            raise ValueError(f'method {self.method} needs {module}, which is not installed: pip install "passl[viz]"')
+        if self.method in _MODULES:
+            require(_MODULES[self.method], "viz")
 
 
 @dataclass

@@ -15,7 +15,7 @@ _LOSS, _METRIC, _BASELINE = "#2f6f9f", "#c2542d", "#555555"
 _STYLES = ("--", ":", "-.")
 _LINES = ("#c2542d", "#2f6f9f", "#5a8f3c", "#7a5aa0", "#b08a2e", "#4aa3a3")
 _MOST_POINTS = 600  # of a drawn line
-NOT_METRICS = ("step", "epoch", "phase", "seconds", "early_stopping_counter", "early_stopping_stopped")
+NOT_METRICS = ("step", "epoch", "phase", "early_stopping_counter", "early_stopping_stopped")
 
 
 def plot_run(folder: Path, target: Path, metric: str, baselines: Optional[Mapping[str, float]] = None) -> Path:

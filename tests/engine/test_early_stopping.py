@@ -335,7 +335,7 @@ def evaluate(folder, epoch, models, *more):
     return yaml.safe_load((folder / "e/e/eval.json").read_text())
 
 
-def test_passl_eval_says_what_it_cannot_compare(folder):
+def test_passl_eval_says_what_it_cannot_compare(folder, stopped):
     network = yaml.safe_load(tiny.PRETRAIN.format(folder=folder))["Model"]["backbone"]
     both = ["-c", folder / "pretrain.yaml", "-o", evaluators(folder, models="[teacher, student]")]
     alone = tiny.run(tiny.EVAL, *both, "-o", f"Model={network}".replace("'", ""))

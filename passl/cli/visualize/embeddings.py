@@ -8,12 +8,13 @@ import io
 import logging
 import sys
 from pathlib import Path
-from typing import Any, Optional
-
-import numpy as np
+from typing import TYPE_CHECKING, Any, Optional
 
 from passl.cli import subject
 from passl.cli.common import RUN_ERROR
+
+if TYPE_CHECKING:
+    import numpy as np
 
 _HELP = """\
 A map of images: what a network finds alike lies together.
