@@ -113,7 +113,8 @@ def test_bad_files_and_errors(tmp_path, capsys):
 
 def test_damaged_weights_are_no_mistake_of_the_configuration(tmp_path, capsys, monkeypatch):
     write_images(tmp_path / "in", [(32, 32)])
-    monkeypatch.setattr("passl.cli.visualize.patch_reader.patch_features", lambda *_: paddle.full([1, 4, 4, 12], float("nan")))
+    broken = paddle.full([1, 4, 4, 12], float("nan"))
+    monkeypatch.setattr("passl.cli.visualize.patch_reader.patch_features", lambda *_: broken)
     with pytest.raises(SystemExit) as ended:
         run("--images", tmp_path / "in", "--output_dir", tmp_path / "out", *NETWORKS["vit"])
     assert ended.value.code == 1
