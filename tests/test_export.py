@@ -12,17 +12,10 @@ from passl.config import ConfigError
 from passl.data.datasets import ImageFolder
 from passl.engine.export import _configured_size, _preprocessing
 from passl.evaluators.knn import knn_classify
-from passl.export import (
-    FeatureNetwork,
-    KNNNetwork,
-    ProbeNetwork,
-    check_differences,
-    check_onnx,
-    comparison_shapes,
-    export,
-)
+from passl.export import check_differences, check_onnx, comparison_shapes, export
 from passl.exported import ExportedNetwork, ExportError
 from passl.models import LinearProbe, ResNet, VisionTransformer, XCiT
+from passl.models.exportable import FeatureNetwork, KNNNetwork, ProbeNetwork
 from tests.engine import tiny
 
 EXPORT = "from passl.cli import export_main; export_main()"

@@ -10,9 +10,10 @@ import paddle
 import pytest
 
 from passl import exported
-from passl.export import FeatureNetwork, ProbeNetwork, export
+from passl.export import export
 from passl.exported import ExportedNetwork, ExportError, Meta
 from passl.models import LinearProbe, VisionTransformer
+from passl.models.exportable import FeatureNetwork, ProbeNetwork
 
 PREPROCESSING = exported.standard_preprocessing(32, 32)
 

@@ -14,9 +14,10 @@ from PIL import Image
 from passl import exported
 from passl.cli import predict_main
 from passl.data.datasets import ImageList
-from passl.export import FeatureNetwork, ProbeNetwork, export
+from passl.export import export
 from passl.exported import ExportedNetwork
 from passl.models import LinearProbe, VisionTransformer
+from passl.models.exportable import FeatureNetwork, ProbeNetwork
 from passl.predict import FeatureFile, Picture, Prediction, SourceError, find_files, pictures, predict, table_line
 from tests.engine import tiny
 

@@ -74,14 +74,13 @@ def run_demo(out: Path, seed: int) -> None:
     title = "DINO on ten classes of drawn shapes"
     command("passl-visualize", "report", *map(str, runs), "--out", str(page), "--title", title)
 
-    print(f"\n{'top-1 on the validation pictures':<44}%\n{'-' * 50}")
-    for label, value in (
-        ("k-NN, pixels", pixels[METRIC]),
-        ("k-NN, untrained network", untrained[METRIC]),
-        ("k-NN, DINO teacher", trained[METRIC]),
-        ("linear probe, DINO teacher", probe),
-    ):
-        print(f"{label:<42}{value:6.1f}")
+    numbers = {
+        "k-NN, pixels": pixels[METRIC],
+        "k-NN, untrained network": untrained[METRIC],
+        "k-NN, DINO teacher": trained[METRIC],
+        "linear probe, DINO teacher": probe,
+    }
+    print_table(numbers)
     baselines = {"pixels": pixels[METRIC], "untrained": untrained[METRIC]}
     picture = plot_run(out / "DINO", out / "curves.png", METRIC, baselines)
     (out / "demo.json").write_text(json.dumps({**baselines, "knn": trained[METRIC], "linear": probe}) + "\n")
@@ -94,6 +93,12 @@ def run_demo(out: Path, seed: int) -> None:
         ("VisualDL", f"visualdl --logdir {out / 'DINO/vdl'}"),
     ):
         print(f"{label + ':':<17}{place}")
+
+
+def print_table(numbers: dict[str, float]) -> None:
+    print(f"\n{'top-1 on the validation pictures':<44}%\n{'-' * 50}")
+    for label, value in numbers.items():
+        print(f"{label:<42}{value:6.1f}")
 
 
 def step(title: str) -> None:

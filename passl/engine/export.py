@@ -20,19 +20,18 @@ from passl.engine.settings import DataSettings
 from passl.evaluators.classification import check_batches
 from passl.evaluators.evaluator import map_dataset
 from passl.evaluators.knn import normalize
-from passl.export import (
+from passl.export import check_target, export
+from passl.exported import ExportError, Meta
+from passl.models.classifier import Classifier
+from passl.models.exportable import (
     Exportable,
     FeatureNetwork,
     KNNNetwork,
     PredictingNetwork,
     ProbeNetwork,
-    check_target,
     check_votes,
-    export,
     multiple_of,
 )
-from passl.exported import ExportError, Meta
-from passl.models.classifier import Classifier
 from passl.registry import DATASETS
 
 logger = logging.getLogger("passl")

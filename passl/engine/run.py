@@ -162,9 +162,7 @@ def _prepare(
         "length": len(loader.dataset),
         "pct": loader.sampler.pct,
     }
-    hooks = _hooks(settings, line, method, evaluators, store, description)
-    if settings.report:
-        hooks.insert(0, ReportHook(settings.report, config, hooks[0]))
+    hooks = _hooks(settings, line, method, evaluators, store, description, config)
     schedules = {**method.schedules(line), **build.schedules(config, line)}
     states = None
     if resumed is None:
@@ -207,8 +205,9 @@ def _hooks(
     evaluators: list[Evaluator],
     store: CheckpointStore,
     description: dict[str, Any],
+    config: Config,
 ) -> list[Hook]:
-    """Logging, evaluation and saving, in this order: what is saved knows the newest metric."""
+    """The report, logging, evaluation and saving, in this order: what is saved knows the newest metric."""
     log_hook = LogHook(store.folder, settings.print_batch_step, settings.use_visualdl)
     save_interval = _steps(line, settings.save_interval, "epoch", "Global.save_interval")
     checkpoints = CheckpointHook(store, save_interval, description)
@@ -235,7 +234,8 @@ def _hooks(
         interval = _steps(line, guard.every, "epoch", "Global.guard.every")
         decides_best = rule is None and (isinstance(watch, KNNWatch) or not evaluators)
         hooks.append(GuardHook(guard, interval, watch, log_hook, checkpoints, decides_best))
-    return [*hooks, checkpoints]
+    report = [ReportHook(settings.report, config, log_hook)] if settings.report else []
+    return [*report, *hooks, checkpoints]
 
 
 def _folder(config: Config, settings: GlobalSettings) -> Path:

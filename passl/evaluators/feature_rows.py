@@ -9,7 +9,7 @@ import logging
 import os
 import shutil
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Optional
@@ -114,19 +114,13 @@ def write_rows(
     kept: list[int] = []
     title = "features" if numbered else index.stem
     problem = None
-    if distributed.is_main():
-        index.parent.mkdir(parents=True, exist_ok=True)
-    distributed.barrier()
+    index.parent.mkdir(parents=True, exist_ok=True)
     with _RowFiles(targets, dtype) as files:
         try:
-            for wanted, batch in _batches(loader, share, title):
-                # A sample that cannot be read is another one in the batch.
-                places = np.flatnonzero(np.asarray(batch["index"]) == wanted)
-                if len(places):
-                    images = batch["image"] if isinstance(batch["image"], Tensor) else paddle.to_tensor(batch["image"])
-                    for kind, rows in image_features(model, images, list(targets), layer).items():
-                        files.add(kind, rows.numpy()[places])
-                    kept += wanted[places].tolist()
+            for numbers, images, places in _readable(_batches(loader, share, title)):
+                for kind, rows in image_features(model, images, list(targets), layer).items():
+                    files.add(kind, rows.numpy()[places])
+                kept += numbers.tolist()
         except ValueError as error:
             problem = str(error)
         _agree(problem)
@@ -142,7 +136,17 @@ def write_rows(
             with replacing(index) as file:
                 file.write(text)
         distributed.barrier()
-    return len(numbers), shapes
+        return len(numbers), shapes
+
+
+def _readable(batches: Iterable[tuple[np.ndarray, dict[str, Any]]]) -> Iterator[tuple[np.ndarray, Tensor, np.ndarray]]:
+    """Of each batch the numbers of the samples that could be read, all its images, and the places of those samples."""
+    for wanted, batch in batches:
+        # A sample that cannot be read is another one in the batch.
+        places = np.flatnonzero(np.asarray(batch["index"]) == wanted)
+        if len(places):
+            images = batch["image"] if isinstance(batch["image"], Tensor) else paddle.to_tensor(batch["image"])
+            yield wanted[places], images, places
 
 
 def _remove_old(index: Path, text: bytes, others: Sequence[Path]) -> None:
