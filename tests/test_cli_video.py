@@ -222,15 +222,15 @@ def started(code, *arguments, **more):
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_frames(tmp_path):
-    """Of 300 frames of 240 x 320 another 200 would be 46 MB, without the tensors and maps of each."""
+    """Of 700 frames of 240 x 320 another 600 would be 138 MB, without the tensors and maps of each."""
     peaks = []
-    for count in (100, 300):
+    for count in (100, 700):
         path = clips.write(tmp_path / f"{count}.mp4", count, (240, 320))
         process = started(PEAK, "--input", path, "--output", tmp_path / "out", *NETWORK, stdout=subprocess.PIPE)
         peaks.append(json.loads(process.communicate()[0].splitlines()[-1]) / 1024)
         assert process.returncode == 0
         assert len(clips.read(tmp_path / "out/video.mp4")[0]) == count
-    assert peaks[1] - peaks[0] < 40, f"MB: {peaks}"  # 30 is what equal runs differ by, now and then
+    assert peaks[1] - peaks[0] < 100, f"MB: {peaks}"  # equal runs differ by some 40, now and then
 
 
 def test_a_killed_run_leaves_no_half_video(tmp_path):
