@@ -10,6 +10,7 @@ import signal
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import passl
@@ -25,6 +26,17 @@ def new_parser(name: str, description: str) -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"passl {passl.__version__}")
     return parser
+
+
+def whole_number(least: int = 1) -> Callable[[str], int]:
+    """The type of options that take a whole number from ``least``."""
+
+    def number(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r} must be a whole number from {least}")
+        return int(text)
+
+    return number
 
 
 def image_size(text: str) -> tuple[int, int]:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from passl.cli import subject
-from passl.cli.common import end_with_the_launcher, guarded, image_size, import_paddle, new_parser
+from passl.cli.common import end_with_the_launcher, guarded, image_size, import_paddle, new_parser, whole_number
 
 _HELP = """\
 Write the features of images as .npy files, whose rows --out/index.csv lists: path, label and class where the images are
@@ -54,15 +54,6 @@ def _kinds(text: str) -> list[str]:
     return kinds
 
 
-def _whole(least: int) -> object:
-    def number(text: str) -> int:
-        if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text!r} must be a whole number from {least}")
-        return int(text)
-
-    return number
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = new_parser("passl-eval features", _HELP)
     add = parser.add_argument
@@ -79,9 +70,9 @@ def _parser() -> argparse.ArgumentParser:
         "480x640 (height x width): resized to that",
     )  # fmt: skip
     add("--dtype", choices=("float32", "float16"), default="float32", help="of the files (default: %(default)s)")
-    add("--batch_size", "--batch-size", type=_whole(1), default=32, metavar="N", help="default: %(default)s")
+    add("--batch_size", "--batch-size", type=whole_number(), default=32, metavar="N", help="default: %(default)s")
     add(
-        "--num_workers", "--num-workers", type=_whole(0), default=0, metavar="N",
+        "--num_workers", "--num-workers", type=whole_number(0), default=0, metavar="N",
         help="processes that load images, for each process (default: %(default)s)",
     )  # fmt: skip
     subject.add_options(parser)

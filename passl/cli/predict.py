@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Optional, TextIO
 
-from passl.cli.common import RUN_ERROR, image_size, new_parser, stop
+from passl.cli.common import RUN_ERROR, image_size, new_parser, stop, whole_number
 
 _HELP = """\
 Classify images with one file from passl-export, or compute their features.
@@ -94,23 +94,17 @@ def _open(path: str) -> contextlib.AbstractContextManager[TextIO]:
     return contextlib.nullcontext(sys.stdout) if path == "-" else open(path, "w", buffering=1, encoding="utf-8")
 
 
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number from 1")
-    return int(text)
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = new_parser("passl-predict", _HELP)
     add = parser.add_argument
     add("model", metavar="MODEL", help="file from passl-export, .passl or .onnx")
     add("source", nargs="+", metavar="SOURCE", help="images, videos, folders of them, patterns in quotes")
-    add("--topk", type=_positive, default=5, help="classes to list (default %(default)s)")
+    add("--topk", type=whole_number(), default=5, help="classes to list (default %(default)s)")
     add("--output", metavar="FILE", help="write JSON lines in place of the table; - is standard output")
     add("--features", metavar="FILE.npy", help="write the features [N, D], and the name of each row to FILE.txt")
     add("--image-size", type=image_size, metavar="SIZE", help="224 or 480x640, for a file exported with dynamic")
-    add("--frame-step", type=_positive, default=1, help="of a video, every so many frames (default %(default)s)")
-    add("--batch-size", type=_positive, default=16, help="default %(default)s")
-    add("--num-workers", type=_positive, default=2, help="threads that read images (default %(default)s)")
+    add("--frame-step", type=whole_number(), default=1, help="of a video, every so many frames (default %(default)s)")
+    add("--batch-size", type=whole_number(), default=16, help="default %(default)s")
+    add("--num-workers", type=whole_number(), default=2, help="threads that read images (default %(default)s)")
     add("--device", choices=("auto", "cpu", "gpu"), default="auto", help="default: a GPU where there is one")
     return parser

@@ -44,6 +44,7 @@ from passl.models import functional
 from passl.models.tokens import cls_attention
 from passl.registry import DATASETS
 from passl.visualize.attention import overview
+from passl.visualize.attention_image import denormalized
 from passl.visualize.embeddings import project, require_method
 from passl.visualize.scatter import scatter_picture
 from passl.visualize.scatter_page import scatter_fragment
@@ -258,14 +259,8 @@ def _images(dataset: Samples, count: int, title: str) -> Iterator[tuple[int, np.
 def _visible(image: np.ndarray, dataset: Samples) -> np.ndarray:
     """[C, H, W] as it went into the network -> [H, W, 3] of 8 bits."""
     steps = getattr(getattr(dataset, "transform", None), "transforms", [])
-    for step in steps:
-        if isinstance(step, Normalize):
-            image = image * step.std + step.mean
-    if image.shape[0] != 3:
-        image = image[:3] if image.shape[0] > 3 else np.repeat(image[:1], 3, axis=0)
-    low, high = (0.0, 1.0) if image.min() > -0.5 and image.max() < 1.5 else (image.min(), image.max())
-    scaled = (image - low) / max(high - low, 1e-12)
-    return (scaled.clip(0, 1) * 255).round().astype(np.uint8).transpose(1, 2, 0)
+    mean, std = next(((step.mean, step.std) for step in steps if isinstance(step, Normalize)), (0.0, 1.0))
+    return denormalized(image, mean, std)
 
 
 def _thumbnail(image: np.ndarray) -> Image.Image:

@@ -16,9 +16,9 @@ from passl.data.image_io import image_extensions
 from passl.data.transforms import IMAGENET_MEAN, IMAGENET_STD, Compose, Normalize, Resize, ToTensor
 from passl.evaluators.classification import check_batches
 from passl.evaluators.evaluator import Evaluator
-from passl.evaluators.image_features import cut_to_patches, patch_side, rows_of_all, unit_rows
+from passl.evaluators.image_features import cut_to_patches, rows_of_all, unit_rows
 from passl.evaluators.ranking import average_precision, descending
-from passl.models.tokens import patch_features
+from passl.models.tokens import patch_features, patch_size_of
 from passl.models.vision_transformer import TokenTransformer
 from passl.registry import EVALUATORS
 
@@ -102,7 +102,7 @@ class CopyDetection(Evaluator):
 
     def _features(self, model: nn.Layer, images: ImageFiles, title: str) -> np.ndarray:
         """[N, D] float64"""
-        side = patch_side(model)
+        side = patch_size_of(model)
 
         def features(batch: paddle.Tensor) -> paddle.Tensor:
             return copy_features(model, cut_to_patches(batch, side)).astype("float32")

@@ -12,6 +12,7 @@ from paddle import nn
 from passl.evaluators.classification import check_batches
 from passl.evaluators.evaluator import Evaluator
 from passl.evaluators.feature_rows import check_kinds, write_rows
+from passl.evaluators.names import check_file_name
 from passl.registry import EVALUATORS
 
 logger = logging.getLogger("passl")
@@ -46,8 +47,7 @@ class Features(Evaluator):
         dtype: Literal["float16", "float32"] = "float32",
     ) -> None:
         check_batches(batch_size, num_workers)
-        if not file or Path(file).name != file:
-            raise ValueError(f"file ({file!r}) must be a name, without a folder and an ending")
+        check_file_name(file)
         check_kinds(what, dtype)
         self.dataset = dataset
         self.file = file

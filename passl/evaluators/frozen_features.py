@@ -123,6 +123,29 @@ def extract(
     return made
 
 
+def extract_sets(
+    evaluator: Any, backbone: nn.Layer, choices: Sequence[FeatureChoice], title: str, output_dir: Path
+) -> tuple[FrozenFeatures, FrozenFeatures, int]:
+    """Those of an evaluator's training and validation images, and the number of classes; see `extract`.
+
+    evaluator: with train_dataset, val_dataset, cache, batch_size and num_workers.
+    """
+    folder = cache_folder(evaluator.cache, output_dir)
+    train, val = (
+        extract(
+            backbone,
+            dataset,
+            choices,
+            f"{title}: {split} features",
+            folder,
+            evaluator.batch_size,
+            evaluator.num_workers,
+        )
+        for dataset, split in ((evaluator.train_dataset, "train"), (evaluator.val_dataset, "val"))
+    )
+    return train, val, count_classes(evaluator.train_dataset, evaluator.val_dataset)
+
+
 # --- the cache -------------------------------------------------------------------------------------------------------
 
 

@@ -6,18 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from paddle import Tensor, nn
+from paddle import Tensor
 
 from passl.data.loader import BadSamplesError
 from passl.evaluators.evaluator import map_dataset
-
-
-def patch_side(backbone: nn.Layer) -> int:
-    """What the sides of images must be multiples of, in pixels; 1 for a backbone without a ``patch_size``."""
-    side = getattr(backbone, "patch_size", None)
-    if side is None:
-        side = getattr(getattr(backbone, "patch_embed", None), "patch_size", None)
-    return side if isinstance(side, int) else 1
 
 
 def cut_to_patches(images: Tensor, side: int) -> Tensor:

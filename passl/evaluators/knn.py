@@ -109,7 +109,7 @@ class KNN(Evaluator):
         hits = dict.fromkeys(self._names(), 0)
         if len(share):
             val, val_labels = val[share[0] : share[-1] + 1], val_labels[share[0] : share[-1] + 1]
-            for k, start, votes in knn_votes(train, train_labels, val, self.k, self.temperature):
+            for k, start, votes in _votes(train, train_labels, val, self.k, self.temperature):
                 for top in _TOPS:
                     hits[f"knn_top{top}_k{k}"] += count_hits(votes, val_labels[start : start + len(votes)], top)
         counted = distributed.gather_objects((hits, len(share)))
@@ -173,6 +173,13 @@ def knn_votes(
     """
     _check(k, temperature)
     _check_sets(train, train_labels, test)
+    yield from _votes(train, train_labels, test, k, temperature)
+
+
+def _votes(
+    train: np.ndarray, train_labels: np.ndarray, test: np.ndarray, k: Sequence[int], temperature: float
+) -> Iterator[tuple[int, int, np.ndarray]]:
+    """`knn_votes` of what was checked: a pass over all training rows is not for nothing."""
     num_classes = int(train_labels.max()) + 1
     for start, similarity, neighbours in nearest(train, test, min(max(k), len(train))):
         weights = np.exp(similarity.astype(np.float64) / temperature)

@@ -22,15 +22,14 @@ from passl.evaluators.evaluator import Evaluator
 from passl.evaluators.frozen_features import (
     FeatureChoice,
     FrozenFeatures,
-    cache_folder,
     check_labels,
     choices_for,
-    count_classes,
-    extract,
+    extract_sets,
     how_to_use,
     save_probe,
 )
 from passl.evaluators.linear_heads import LinearHeads, cosine_by_epoch
+from passl.evaluators.names import check_file_name
 from passl.formats.atomic import replacing
 from passl.registry import EVALUATORS
 
@@ -99,8 +98,7 @@ class LinearSweep(Evaluator):
                 raise ValueError(f"{name} ({value}) must be at least 1")
         if not 0 <= momentum < 1 or seed < 0:
             raise ValueError(f"momentum ({momentum}) must be at least 0 and below 1, and seed ({seed}) at least 0")
-        if not file or Path(file).name != file:
-            raise ValueError(f"file ({file!r}) must be a name, without a folder and an ending")
+        check_file_name(file)
         self.train_dataset = train_dataset
         self.val_dataset = val_dataset
         self.pairs = list(dict.fromkeys(itertools.product(learning_rates, weight_decays)))
@@ -121,11 +119,7 @@ class LinearSweep(Evaluator):
         features, `linear_top1_n4_avgpool` for example; `linear` is `file`.
         """
         choices = choices_for(model, self.n_last_blocks, self.avgpool)
-        folder = cache_folder(self.cache, output_dir)
-        loading = {"cache": folder, "batch_size": self.batch_size, "num_workers": self.num_workers}
-        train = extract(model, self.train_dataset, choices, "linear: train features", **loading)
-        val = extract(model, self.val_dataset, choices, "linear: val features", **loading)
-        num_classes = count_classes(self.train_dataset, self.val_dataset)
+        train, val, num_classes = extract_sets(self, model, choices, "linear", output_dir)
         rows, best = self._of_all_processes(choices, train, val, num_classes)
         if best is None:
             raise ValueError("every classifier diverged: give lower learning_rates")

@@ -16,16 +16,15 @@ from passl import distributed
 from passl.evaluators.classification import check_batches
 from passl.evaluators.evaluator import Evaluator
 from passl.evaluators.frozen_features import (
-    cache_folder,
     check_labels,
     choices_for,
-    count_classes,
-    extract,
+    extract_sets,
     how_to_use,
     save_probe,
 )
 from passl.evaluators.lbfgs import minimize
 from passl.evaluators.linear_heads import LinearHeads
+from passl.evaluators.names import check_file_name
 from passl.registry import EVALUATORS
 
 logger = logging.getLogger("passl")
@@ -82,8 +81,7 @@ class LogisticRegression(Evaluator):
             raise ValueError(f"max_iterations ({max_iterations}) must be at least 1, tolerance ({tolerance}) above 0")
         if n_last_blocks < 1 or seed < 0:
             raise ValueError(f"n_last_blocks ({n_last_blocks}) must be at least 1, seed ({seed}) at least 0")
-        if not file or Path(file).name != file:
-            raise ValueError(f"file ({file!r}) must be a name, without a folder and an ending")
+        check_file_name(file)
         self.train_dataset = train_dataset
         self.val_dataset = val_dataset
         self.strengths = sorted(set(map(float, strengths)))
@@ -105,11 +103,7 @@ class LogisticRegression(Evaluator):
         `logistic` is `file`.
         """
         (choice,) = choices_for(model, [self.n_last_blocks], [self.avgpool])
-        folder = cache_folder(self.cache, output_dir)
-        loading = {"cache": folder, "batch_size": self.batch_size, "num_workers": self.num_workers}
-        train = extract(model, self.train_dataset, [choice], "logistic: train features", **loading)
-        val = extract(model, self.val_dataset, [choice], "logistic: val features", **loading)
-        num_classes = count_classes(self.train_dataset, self.val_dataset)
+        train, val, num_classes = extract_sets(self, model, [choice], "logistic", output_dir)
         found = None
         if distributed.is_main():  # sums in another order could make processes choose differently
             rows = train.of(choice)

@@ -22,6 +22,12 @@ def relative_names(dataset: Samples) -> list[str]:
     return [os.path.relpath(path, root).replace(os.sep, "/") for path in paths]
 
 
+def check_file_name(file: str) -> None:
+    """Raises ValueError if an evaluator's argument ``file`` is no name to put endings to."""
+    if not file or os.path.basename(file) != file:
+        raise ValueError(f"file ({file!r}) must be a name, without a folder and an ending")
+
+
 def output_names(names: Sequence[str], suffix: str) -> list[str]:
     """The same with another ending.
 

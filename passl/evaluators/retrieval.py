@@ -16,8 +16,9 @@ from passl.data.revisited import Query, RetrievalImages, read_ground_truth
 from passl.data.transforms import IMAGENET_MEAN, IMAGENET_STD, Compose, Normalize, ToTensor
 from passl.evaluators.classification import check_batches
 from passl.evaluators.evaluator import Evaluator
-from passl.evaluators.image_features import cut_to_patches, patch_side, rows_of_all, unit_rows
+from passl.evaluators.image_features import cut_to_patches, rows_of_all, unit_rows
 from passl.evaluators.ranking import descending, mean_of_known, revisited_scores
+from passl.models.tokens import patch_size_of
 from passl.registry import EVALUATORS
 
 logger = logging.getLogger("passl")
@@ -82,7 +83,7 @@ class ImageRetrieval(Evaluator):
 
     def _features(self, model: nn.Layer, images: RetrievalImages, title: str) -> np.ndarray:
         """[N, D], rows of length 1"""
-        side = patch_side(model)
+        side = patch_size_of(model)
         images.least_side = 2 * side if self.multiscale else side
 
         def features(image: paddle.Tensor) -> paddle.Tensor:

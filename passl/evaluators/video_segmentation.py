@@ -30,10 +30,10 @@ from passl.data.davis import (
 from passl.data.transforms import Normalize, ToTensor
 from passl.evaluators.davis_metrics import boundary_accuracy, region_similarity, statistics
 from passl.evaluators.evaluator import Evaluator
-from passl.evaluators.image_features import cut_to_patches, patch_side
+from passl.evaluators.image_features import cut_to_patches
 from passl.evaluators.label_propagation import LabelPropagation, segment
 from passl.formats.atomic import replacing
-from passl.models.tokens import patch_features
+from passl.models.tokens import patch_features, patch_size_of
 from passl.registry import EVALUATORS
 
 logger = logging.getLogger("passl")
@@ -146,7 +146,7 @@ class VideoSegmentation(Evaluator):
     def _masks(self, model: nn.Layer, sequence: VideoSequence, first: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
         """Each frame's file and mask, in the frame's own size."""
         propagation: Optional[LabelPropagation] = None
-        side = patch_side(model)
+        side = patch_size_of(model)
         for frame in sequence.frames:
             pixels = read_frame(frame)
             _check_size(pixels[..., 0], first.shape, frame, "its sequence's first mask")

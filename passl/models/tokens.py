@@ -134,6 +134,14 @@ def _through(row: Tensor, query: Tensor, key: Tensor) -> Tensor:
     return total
 
 
+def patch_size_of(backbone: nn.Layer) -> int:
+    """Side of a patch in pixels, of which the sides of images must be multiples; 1 for a network of any size."""
+    own = getattr(backbone, "patch_size", None)
+    if own is None:
+        own = getattr(getattr(backbone, "patch_embed", None), "patch_size", None)
+    return own if isinstance(own, int) else 1
+
+
 def _grid(patch_size: int, images: Tensor) -> tuple[int, int]:
     return images.shape[2] // patch_size, images.shape[3] // patch_size
 

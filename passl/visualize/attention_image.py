@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Optional, Union
 
 import numpy as np
-from paddle import nn
 
 from passl.data.geometry import Box, crop, image_size, resize
 from passl.data.image_io import AnyImage
@@ -53,12 +52,6 @@ class Prepared:
         return min(row, grid[0] - 1), min(column, grid[1] - 1)
 
 
-def patch_size_of(backbone: nn.Layer) -> int:
-    """Side of a patch in pixels; 1 for a network that takes any size."""
-    own = getattr(backbone, "patch_size", None) or getattr(getattr(backbone, "patch_embed", None), "patch_size", None)
-    return own if isinstance(own, int) else 1
-
-
 def resized(image: AnyImage, size: Union[int, Sequence[int]]) -> AnyImage:
     """The image, resized (bilinear, with antialiasing, as the official code).
 
@@ -101,6 +94,22 @@ def prepare(
         raise ValueError(f"an image of {full[0]} x {full[1]} has no whole patch of {patch_size} pixels")
     array = ToTensor()(crop(image, Box(0, 0, height, width)))
     return Prepared(Normalize(mean, std)(array), full, original)
+
+
+def denormalized(tensor: np.ndarray, mean: np.ndarray, std: np.ndarray) -> np.ndarray:
+    """An image as it went into a network, in its own colours: [C, H, W] -> 8-bit RGB [H, W, 3].
+
+    Of one or two channels the first is shown in grey, of more than three the first three; other values than those of
+    8-bit images are stretched from the darkest to the brightest.
+
+    mean, std: of Normalize; [C, 1, 1], or one number for all channels.
+    """
+    values = tensor * std + mean
+    if len(values) != 3:
+        values = values[:3] if len(values) > 3 else np.repeat(values[:1], 3, axis=0)
+    low, high = (0.0, 1.0) if values.min() > -0.5 and values.max() < 1.5 else (values.min(), values.max())
+    levels = (values - low) / max(high - low, 1e-12)
+    return (np.clip(levels, 0, 1) * 255).round().astype(np.uint8).transpose(1, 2, 0)
 
 
 def picture_of(tensor: np.ndarray) -> np.ndarray:

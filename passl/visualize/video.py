@@ -13,7 +13,8 @@ import paddle
 from paddle import nn
 from PIL import Image
 
-from passl.visualize.attention_image import patch_size_of, prepare, resized
+from passl.models.tokens import patch_size_of
+from passl.visualize.attention_image import prepare, resized
 from passl.visualize.attention_maps import coloured, overlaid, stretched, top_mass_masks, upsampled
 from passl.visualize.attention_view import View
 from passl.visualize.video_source import Frame

@@ -206,8 +206,8 @@ def test_each_process_votes_for_its_share(monkeypatch):
     labels, val_labels = rng.integers(0, 3, 60), rng.integers(0, 3, 11)
     expected = results(monkeypatch, train, labels, val, val_labels, k=[5, 20])
     said, voted = [], []
-    votes = knn_module.knn_votes
-    monkeypatch.setattr(knn_module, "knn_votes", lambda *args: voted.append(len(args[2])) or votes(*args))
+    votes = knn_module._votes
+    monkeypatch.setattr(knn_module, "_votes", lambda *args: voted.append(len(args[2])) or votes(*args))
     monkeypatch.setattr(knn_module.distributed, "world_size", lambda: 3)
     monkeypatch.setattr(knn_module.distributed, "gather_objects", lambda value: said.append(value) or said)
     for rank in range(3):

@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional
 
+from passl.cli.common import whole_number
+
 if TYPE_CHECKING:
     from passl.data.samples import ImageSamples
     from passl.data.statistics import BadImages, ChannelStatistics
@@ -33,7 +35,7 @@ def add_to(commands: Any) -> None:
     add = parser.add_argument
     add("source", nargs="+", metavar="SOURCE", help="folder of images, list (.csv, .txt), tarball, or its folder")
     add("--channels", type=_channels, metavar="N", help="channels of every image, or auto (default): as most have")
-    add("--limit", type=_positive, metavar="N", help="measure so many images, drawn at random (default: all)")
+    add("--limit", type=whole_number(), metavar="N", help="measure so many images, drawn at random (default: all)")
     add("--seed", type=int, default=0, help="of --limit (default %(default)s)")
     add("--num-workers", type=int, default=0, metavar="N", help="processes (default %(default)s: this one)")
     add("--out", type=Path, metavar="FILE", help="YAML file to write (default: print it)")
@@ -41,13 +43,7 @@ def add_to(commands: Any) -> None:
 
 
 def _channels(text: str) -> Optional[int]:
-    return None if text == "auto" else _positive(text)
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number from 1")
-    return int(text)
+    return None if text == "auto" else whole_number()(text)
 
 
 def _run(options: argparse.Namespace) -> None:

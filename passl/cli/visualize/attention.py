@@ -223,7 +223,8 @@ def _spare(files: list[str], folders: list[Path]) -> None:
 def _prepared(file: str, options: argparse.Namespace, network: Any) -> Any:
     """Raises UnreadableImageError, also for an image of a size that the options do not fit."""
     from passl.data.image_io import UnreadableImageError, read_source
-    from passl.visualize.attention_image import patch_size_of, prepare
+    from passl.models.tokens import patch_size_of
+    from passl.visualize.attention_image import prepare
 
     image = read_source(file, network.channels).image()
     size = size_of(options, [480, 480])

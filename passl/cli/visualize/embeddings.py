@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional
 
 from passl.cli import subject
-from passl.cli.common import RUN_ERROR
+from passl.cli.common import RUN_ERROR, whole_number
 
 if TYPE_CHECKING:
     import numpy as np
@@ -47,30 +47,21 @@ def add_to(commands: Any) -> None:
     add("--output_dir", "--output-dir", default="output/embeddings", metavar="DIR", help="default: %(default)s")
     add("--method", choices=tuple(_NAMES), default="tsne", help="default: %(default)s; pca needs no extra")
     add("--perplexity", type=float, metavar="P", help="of tsne: about how many neighbours count (default: up to 30)")
-    add("--seed", type=_whole(0), default=0, metavar="N", help="the same map for the same number (default: 0)")
+    add("--seed", type=whole_number(0), default=0, metavar="N", help="the same map for the same number (default: 0)")
     add("--show", choices=("thumbnails", "classes"), help="in embeddings.png (default: classes where there are any)")
     add(
-        "--thumbnails", type=_whole(0), default=2000, metavar="N",
+        "--thumbnails", type=whole_number(0), default=2000, metavar="N",
         help="images with a thumbnail, drawn at random; 2 KB of embeddings.html each (default: %(default)s)",
     )  # fmt: skip
-    add("--limit", type=_whole(1), metavar="N", help="of so many images only, drawn at random, evenly per class")
-    add("--image_size", "--image-size", type=_whole(1), metavar="N", help="side of the square that the network sees")
-    add("--batch_size", "--batch-size", type=_whole(1), default=32, metavar="N", help="default: %(default)s")
+    add("--limit", type=whole_number(), metavar="N", help="of so many images only, drawn at random, evenly per class")
+    add("--image_size", "--image-size", type=whole_number(), metavar="N", help="side of the square that it sees")
+    add("--batch_size", "--batch-size", type=whole_number(), default=32, metavar="N", help="default: %(default)s")
     add(
-        "--num_workers", "--num-workers", type=_whole(0), default=2, metavar="N",
+        "--num_workers", "--num-workers", type=whole_number(0), default=2, metavar="N",
         help="threads that read images (default: %(default)s)",
     )  # fmt: skip
     subject.add_options(parser)
     parser.set_defaults(run=_run)
-
-
-def _whole(least: int) -> Any:
-    def number(text: str) -> int:
-        if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text!r} must be a whole number from {least}")
-        return int(text)
-
-    return number
 
 
 def _run(options: argparse.Namespace) -> None:

@@ -13,8 +13,9 @@ from tqdm import tqdm
 
 from passl import exported
 from passl.data.image_io import UnreadableImageError
-from passl.models.tokens import patch_features
+from passl.models.tokens import patch_features, patch_size_of
 from passl.predict import pictures, predict
+from passl.visualize.attention_image import denormalized
 
 _LARGEST = 448  # the shorter side at most, where nothing is said
 _MAX_PIXELS = 2**24  # of a resized image: one of 1 x 5000 pixels would become 448 x 2,240,000
@@ -81,9 +82,7 @@ class PatchReader:
         if not isinstance(wanted, list):
             shorter = wanted or min(_LARGEST, height, width)
             wanted = (height * shorter / min(height, width), width * shorter / min(height, width))
-        backbone = self._network.backbone
-        owner = backbone if hasattr(backbone, "patch_size") else getattr(backbone, "patch_embed", None)  # XCiT's
-        unit = getattr(owner, "patch_size", 1)
+        unit = patch_size_of(self._network.backbone)
         rows, columns = (max(1, round(side / unit)) * unit for side in wanted)
         if rows * columns > _MAX_PIXELS:
             raise UnreadableImageError("", f"{width} x {height} pixels would become {columns} x {rows}: too many")
@@ -97,13 +96,9 @@ class PatchReader:
             self.sizes.append(image.shape[1:])
 
     def _picture(self, image: np.ndarray) -> Image.Image:
-        """[C, H, W], normalised -> a small picture; of more channels than three, the first three"""
+        """[C, H, W], normalised -> a small picture"""
         mean, std = (np.asarray(one, np.float64)[:, None, None] for one in (self._network.mean, self._network.std))
-        values = image * std + mean
-        if len(values) != 3:
-            values = values[:3] if len(values) > 3 else values[:1].repeat(3, axis=0)
-            values = (values - values.min()) / ((values.max() - values.min()) or 1)
-        picture = Image.fromarray(np.rint(np.clip(values, 0, 1) * 255).astype(np.uint8).transpose(1, 2, 0))
+        picture = Image.fromarray(denormalized(image, mean, std))
         if max(picture.size) > _SIDE:
             picture.thumbnail((_SIDE, _SIDE), Image.Resampling.LANCZOS)
         return picture

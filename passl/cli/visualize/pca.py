@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from passl.cli import subject
-from passl.cli.common import RUN_ERROR
+from passl.cli.common import RUN_ERROR, whole_number
 from passl.cli.visualize.attention import add_image_size, size_of
 
 if TYPE_CHECKING:
@@ -48,19 +48,13 @@ def add_to(commands: Any) -> None:
     add("--per_image", "--per-image", action="store_true", help="components of each image alone: colours differ")
     add("--foreground", action="store_true", help="leave out the background, as the first component shows it")
     add("--upsample", choices=("nearest", "smooth"), default="nearest", help="default: %(default)s")
-    add("--batch_size", "--batch-size", type=_positive, default=8, metavar="N", help="default: %(default)s")
+    add("--batch_size", "--batch-size", type=whole_number(), default=8, metavar="N", help="default: %(default)s")
     add(
-        "--num_workers", "--num-workers", type=_positive, default=2, metavar="N",
+        "--num_workers", "--num-workers", type=whole_number(), default=2, metavar="N",
         help="threads that read images (default: %(default)s)",
     )  # fmt: skip
     subject.add_options(parser)
     parser.set_defaults(run=_run)
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number from 1")
-    return int(text)
 
 
 def _run(options: argparse.Namespace) -> None:
