@@ -92,6 +92,7 @@ EVALUATORS = Registry("evaluator")
 SLOTS = {
     "backbone": BACKBONES,
     "head": HEADS,
+    "ibot_head": HEADS,
     "dataset": DATASETS,
     "train_dataset": DATASETS,
     "val_dataset": DATASETS,
@@ -100,4 +101,4 @@ SLOTS = {
 
 # Arguments of the component in a slot that come from the component around it, never from a configuration:
 # a method gives its head the width of its backbone.
-SUPPLIED = {"head": ("in_dim",)}
+SUPPLIED = {"head": ("in_dim",), "ibot_head": ("in_dim",)}

@@ -40,7 +40,7 @@ from passl.schedules import Schedule, Timeline
 
 logger = logging.getLogger("passl")
 
-_FACTORIES = ("backbone", "head")  # a method decides how often and with what widths it builds these
+_FACTORIES = ("backbone", "head", "ibot_head")  # a method decides how often and with what widths it builds these
 
 
 def component(spec: Mapping[str, Any], registry: Registry, where: str, **provided: Any) -> Any:

@@ -1,7 +1,7 @@
 """Networks and methods. Importing this registers all of them."""
 
 from passl.models.dino import DINO, DINOHead, DINOLoss
-from passl.models.dinov2 import dinov2_vit_base, dinov2_vit_giant, dinov2_vit_large, dinov2_vit_small
+from passl.models.dinov2 import DINOv2, dinov2_vit_base, dinov2_vit_giant, dinov2_vit_large, dinov2_vit_small
 from passl.models.fine_tune import FineTune
 from passl.models.method import Method
 from passl.models.pixels import RawPixels
@@ -29,6 +29,7 @@ __all__ = [
     "DINO",
     "DINOHead",
     "DINOLoss",
+    "DINOv2",
     "FineTune",
     "LinearProbe",
     "Method",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal, Optional
 
 import numpy as np
@@ -167,6 +167,21 @@ class TokenTransformer(nn.Layer):
             x = block(x, mask)
         return self.norm(x[:, 0])
 
+    def forward_crops(
+        self, crops: Sequence[Tensor], masks: Optional[Sequence[Optional[Tensor]]] = None
+    ) -> list[Tensor]:
+        """All normalised tokens of batches of crops of different sizes: each [B_i, C, H_i, W_i] -> [B_i, T_i, D].
+
+        masks: for each batch None, or bool [B_i, N_i]: where it is true the mask token stands in for the patch.
+        """
+        outputs = []
+        for crop, mask in zip(crops, masks or [None] * len(crops)):
+            x = self.prepare_tokens(crop, mask)
+            for block in self.blocks:
+                x = block(x)
+            outputs.append(self.norm(x))
+        return outputs
+
     def get_intermediate_layers(self, images: Tensor, n: int = 1, mask: Optional[Tensor] = None) -> list[Tensor]:
         """The normalised tokens [B, 1+N, D] after each of the last n blocks, the earliest first; without registers."""
         depth = len(self.blocks)
@@ -188,14 +203,27 @@ class TokenTransformer(nn.Layer):
         last = self.blocks[-1]
         return last.attn.weights(last.norm1(x), mask)
 
-    def prepare_tokens(self, images: Tensor) -> Tensor:
-        """All tokens, [CLS] and those of the grid with their position embeddings: [B, C, H, W] -> [B, T, D]."""
+    def prepare_tokens(self, images: Tensor, hidden: Optional[Tensor] = None) -> Tensor:
+        """All tokens, [CLS] and those of the grid with their position embeddings: [B, C, H, W] -> [B, T, D].
+
+        hidden: bool [B, N], the patches for which the mask token stands.
+        """
         patches = self.embed(images)
+        if hidden is not None:
+            patches = self._hide(patches, hidden)
         cls_token = self.cls_token.expand([images.shape[0], -1, -1])
         x = paddle.concat([cls_token, patches], axis=1) + self.interpolate_pos_encoding(*images.shape[-2:])
         if self.register_tokens is None:
             return x
         return paddle.concat([x[:, :1], self.register_tokens.expand([images.shape[0], -1, -1]), x[:, 1:]], axis=1)
+
+    def _hide(self, patches: Tensor, hidden: Tensor) -> Tensor:
+        if getattr(self, "mask_token", None) is None:
+            raise ValueError(f"{type(self).__name__} has no mask token to stand for hidden patches: mask_token: true")
+        if hidden.shape != patches.shape[:2]:
+            raise ValueError(f"masks ({hidden.shape}) must be [images, patches], here {patches.shape[:2]}")
+        token = self.mask_token.astype(patches.dtype).unsqueeze(0).expand_as(patches)
+        return paddle.where(hidden.unsqueeze(-1).expand_as(patches), token, patches)
 
     def _without_registers(self, x: Tensor) -> Tensor:
         """[B, T, D] -> [B, 1+N, D]"""

@@ -16,7 +16,7 @@ from passl.engine.precision import Precision, in_full_precision
 from passl.engine.trainer import Trainer
 from passl.log import read_metrics
 from passl.models.dino import DINO, DINOHead, DINOLoss
-from passl.models.dino.method import MultiCropNetwork
+from passl.models.multi_crop import MultiCropNetwork
 from passl.models.probe import LinearProbe
 from passl.models.vision_transformer import VisionTransformer
 from tests.engine import tiny

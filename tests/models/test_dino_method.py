@@ -9,7 +9,7 @@ import pytest
 from paddle import nn
 
 from passl.models import DINO, DINOHead, VisionTransformer
-from passl.models.dino.method import MultiCropNetwork
+from passl.models.multi_crop import MultiCropNetwork
 from passl.schedules import Timeline
 from tests.models.weights import assert_close, load, to_torch
 

@@ -11,7 +11,7 @@ import paddle
 import pytest
 
 from passl.models import DINO, DINOHead, VisionTransformer
-from passl.models.dino.observation import effective_rank
+from passl.models.observation import effective_rank
 
 B, K, TEMP = 5, 37, 0.04
 

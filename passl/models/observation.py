@@ -10,7 +10,7 @@ import paddle
 from paddle import Tensor, nn
 
 from passl import distributed
-from passl.models.dino.loss import DINOLoss
+from passl.models.dino_loss import DINOLoss
 from passl.models.functional import normalize, sum_columns, sum_rows
 
 _MAX_FEATURES = 512  # rows in the effective rank, whose cost grows with their cube

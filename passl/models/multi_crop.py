@@ -1,0 +1,57 @@
+"""A network over crops of several sizes, as student and teacher of self-distillation are."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+
+import paddle
+from paddle import Tensor, nn
+
+from passl.models.layers import in_full_precision
+
+
+class MultiCropNetwork(nn.Layer):
+    """Backbone and head over crops of several sizes. Crops: list of [B_i, C, H_i, W_i] -> [sum of B_i, K].
+
+    Attributes:
+        frozen: the backbone is as in evaluation, and gets no gradient; see `freeze`.
+    """
+
+    def __init__(self, backbone: nn.Layer, head: nn.Layer) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = head
+        self.frozen = False
+
+    def freeze(self, frozen: bool) -> None:
+        """For the coming forward passes. A frozen backbone drops no paths, and its batch norms use their running
+        statistics and leave them as they are.
+        """
+        if frozen and self.backbone.training:  # each time, because train() of any layer above switches the flag
+            self.backbone.eval()
+        elif self.frozen and not frozen and self.training:
+            self.backbone.train()
+        self.frozen = frozen
+
+    def forward(self, crops: Sequence[Tensor]) -> Tensor:
+        with paddle.no_grad() if self.frozen else contextlib.nullcontext():
+            features = [self.backbone(batch) for batch in merge_equal_sizes(crops)]
+        # One call for all crops, so that batch norms in the head see them together. In full precision: at half of it
+        # the logits of many prototypes overflow, or differ by less than what is left of them.
+        return in_full_precision(self.head, _concat(features))
+
+
+def merge_equal_sizes(crops: Sequence[Tensor]) -> list[Tensor]:
+    """Concatenates each run of consecutive crops of one size, so that the backbone runs once for each run."""
+    runs: list[list[Tensor]] = []
+    for crop in crops:
+        if runs and runs[-1][0].shape[1:] == crop.shape[1:]:
+            runs[-1].append(crop)
+        else:
+            runs.append([crop])
+    return [_concat(run) for run in runs]
+
+
+def _concat(tensors: list[Tensor]) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else paddle.concat(tensors)
