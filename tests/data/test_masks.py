@@ -94,7 +94,6 @@ def test_any_grid(grid) -> None:
         counts = [int(generator(requested, rng).sum()) for _ in range(20)]
         assert max(counts) <= requested
         # Of a grid of few patches most blocks are too large; then, as officially, a mask may even stay empty.
-        assert max(counts) >= min(requested, 1)
         assert min(grid) < 3 or requested < 4 or min(counts) >= 1
     assert generator(num_patches, rng).shape == (num_patches,)
 
