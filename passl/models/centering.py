@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal, Optional
 
 import paddle
@@ -9,7 +10,7 @@ import paddle.nn.functional as F
 from paddle import Tensor, nn
 
 from passl.distributed import all_gather, all_reduce_sum_
-from passl.models.functional import sum_columns, sum_rows
+from passl.models.functional import on_cpu, sum_columns, sum_rows
 
 Centering = Literal["softmax", "sinkhorn"]
 CENTERINGS = ("softmax", "sinkhorn")
@@ -61,9 +62,14 @@ class CenteredLoss(nn.Layer):
 
     @paddle.no_grad()
     def update_center(self) -> None:
-        """Moves the centre towards the mean of all teacher logits since the last call, over all processes."""
+        """Moves the centre towards the mean of all teacher logits since the last call, over all processes.
+
+        The official code of DINOv2 does it at its next call of the loss, which has the same effect.
+        """
         if self._teacher_sum is None:
             return
+        # Every row counts the same. Of hidden patches processes have unequal numbers: the official code takes the mean
+        # of their means there, and so a centre that depends on how the images are shared out.
         rows = paddle.full([1], float(self._teacher_rows), dtype=self._teacher_sum.dtype)
         total = all_reduce_sum_(paddle.concat([self._teacher_sum, rows]))
         mean = total[:-1] / total[-1]
@@ -75,17 +81,51 @@ class CenteredLoss(nn.Layer):
 def sinkhorn_knopp(logits: Tensor, temperature: float, iterations: int = 3) -> Tensor:
     """Assignments [B, K] of rows that sum to 1, spread evenly over the prototypes (Caron et al. 2020; as in DINOv2).
 
-    logits: [B, K] of this process; the rows of all processes are spread together.
+    logits: [B, K] of this process; the rows of all processes, which may have unequal numbers of them (at least one),
+    are spread together. All processes must call it. Computed, and returned, in float32 at least.
     """
-    num_rows, num_columns = logits.shape
-    scaled = logits / temperature
+    if iterations < 1:
+        raise ValueError(f"iterations ({iterations}) must be at least 1")
+    scaled = (logits if logits.dtype == paddle.float64 else logits.astype("float32")) / temperature
+    num_rows, num_columns = scaled.shape
+    total_rows = all_reduce_sum_(paddle.full([1], float(num_rows), scaled.dtype))
+    ends = all_gather(paddle.stack([-scaled.min(), scaled.max()])).max(0)
+    if not ends.sum().item() <= _WIDEST[scaled.dtype]:
+        spread = _spread_by_logarithms(scaled.astype("float64"), total_rows.astype("float64"), iterations)
+        return spread.astype(scaled.dtype)
     # Without the shift, which the first division takes back, large logits would overflow.
-    scores = (scaled - all_gather(scaled.max().reshape([1])).max()).exp()
-    smallest = float(paddle.finfo(logits.dtype).tiny)  # a prototype that no row comes near has nothing to divide
-    total_rows = all_reduce_sum_(paddle.full([1], float(num_rows), logits.dtype))
-    scores = scores / all_reduce_sum_(scores.sum().reshape([1]))
+    scores = (scaled - ends[1]).exp()
+    # Every division is by one factor for each row or column, so that the large matrix is only read.
+    rows = paddle.ones([num_rows, 1], scores.dtype)
     for _ in range(iterations):
-        of_prototypes = all_reduce_sum_(sum_rows(scores)).clip(min=smallest)
-        scores = scores / (of_prototypes * num_columns)
-        scores = scores / (sum_columns(scores).clip(min=smallest) * total_rows)
-    return scores * total_rows
+        columns = 1.0 / (all_reduce_sum_(_weighted_sum(scores, rows)) * num_columns)
+        rows = 1.0 / (_weighted_sum(scores, columns) * total_rows)
+    return scores * columns * (rows * total_rows)
+
+
+# Between the largest and the smallest scaled logit: exponentials further apart, and less by the divisions, leave the
+# range of their type. Cosines at a temperature of 0.04 are 50 apart at most.
+_WIDEST = {paddle.float32: 60.0, paddle.float64: 600.0}
+
+
+def _weighted_sum(x: Tensor, weights: Tensor) -> Tensor:
+    """[B, K], of rows by weights [B, 1] -> [1, K], of columns by weights [1, K] -> [B, 1]"""
+    by_rows = weights.shape[1] == 1 and weights.shape[0] == x.shape[0]
+    if not on_cpu(x):  # whose matrix products may round to half precision
+        return (x * weights).sum(0 if by_rows else 1, keepdim=True)
+    return paddle.matmul(weights, x, transpose_x=True) if by_rows else paddle.matmul(x, weights, transpose_y=True)
+
+
+def _spread_by_logarithms(scores: Tensor, total_rows: Tensor, iterations: int) -> Tensor:
+    """The same for any logits, several times slower: where exponentials are 0, rows, or prototypes that no row comes
+    near, have nothing to divide. scores: logarithms [B, K], total_rows: [1] -> [B, K]
+    """
+    log_rows, log_columns = total_rows.log(), math.log(scores.shape[1])
+    for _ in range(iterations):
+        largest = all_gather(scores.max(0)).max(0)
+        total = all_reduce_sum_(sum_rows((scores - largest).exp()))
+        scores = scores - (largest + total.log() + log_columns)
+        largest = scores.max(1, keepdim=True)
+        total = sum_columns((scores - largest).exp())
+        scores = scores - (largest + total.log() + log_rows)
+    return (scores + log_rows).exp()
