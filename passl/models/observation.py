@@ -1,4 +1,4 @@
-"""What one step of DINO or DINOv2 tells about itself: numbers in which a collapse shows long before an evaluation does."""
+"""What one step of DINO or DINOv2 tells about itself: in these numbers a collapse shows long before evaluations do."""
 
 from __future__ import annotations
 
