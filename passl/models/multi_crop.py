@@ -34,12 +34,15 @@ class MultiCropNetwork(nn.Layer):
             self.backbone.train()
         self.frozen = frozen
 
-    def forward(self, crops: Sequence[Tensor]) -> Tensor:
+    def features(self, crops: Sequence[Tensor]) -> Tensor:
+        """What the backbone makes of all crops: [sum of B_i, D]."""
         with paddle.no_grad() if self.frozen else contextlib.nullcontext():
-            features = [self.backbone(batch) for batch in merge_equal_sizes(crops)]
+            return _concat([self.backbone(batch) for batch in merge_equal_sizes(crops)])
+
+    def forward(self, crops: Sequence[Tensor]) -> Tensor:
         # One call for all crops, so that batch norms in the head see them together. In full precision: at half of it
         # the logits of many prototypes overflow, or differ by less than what is left of them.
-        return in_full_precision(self.head, _concat(features))
+        return in_full_precision(self.head, self.features(crops))
 
 
 def merge_equal_sizes(crops: Sequence[Tensor]) -> list[Tensor]:
