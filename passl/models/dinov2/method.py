@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Callable, Optional
+from typing import Callable, Optional, Union
 
 import paddle
 from paddle import Tensor, nn
@@ -129,13 +129,13 @@ class DINOv2(SelfDistillation):
         masks = batch["masks"]
         if masks.ndim != 2 or masks.shape[0] != num_images:
             raise ValueError(
-                f"masks {masks.shape} must be [images, patches], one row for each of the {num_images} global crops"
+                f"masks {list(masks.shape)} must be [images, patches], one row for each of the {num_images} global crops"
             )
         return masks.astype("bool")
 
     def _patch_loss(self, student: Tensor, teacher: Tensor, masks: Tensor, teacher_temp: float) -> Tensor:
         """student, teacher: [2*B, N, D], masks: [2*B, N]"""
-        indices, weights = hidden_patches(masks)
+        indices, weights = hidden_patches(masks, self.ibot_loss.center.dtype)
         student_head, teacher_head = self._ibot_heads()
         with paddle.no_grad():
             teacher_logits = in_full_precision(teacher_head, teacher.flatten(0, 1).index_select(indices))
@@ -202,7 +202,7 @@ def _features(
     return paddle.concat([part[:, 0] for part in tokens]), tokens[0][:, -masks.shape[1] :]
 
 
-def hidden_patches(masks: Tensor) -> tuple[Tensor, Tensor]:
+def hidden_patches(masks: Tensor, dtype: Union[str, paddle.dtype] = "float32") -> tuple[Tensor, Tensor]:
     """masks: bool [B, N] -> the flat indices [M] of what is hidden, and the weights [M], 1/number hidden in its image.
 
     Where nothing is hidden it is one patch of weight 0: every head has to take part in every step, and all processes in
@@ -210,6 +210,6 @@ def hidden_patches(masks: Tensor) -> tuple[Tensor, Tensor]:
     """
     indices = masks.flatten().nonzero().flatten()
     if indices.shape[0] == 0:
-        return paddle.zeros([1], "int64"), paddle.zeros([1])
-    counts = masks.astype("float32").sum(1)
+        return paddle.zeros([1], "int64"), paddle.zeros([1], dtype)
+    counts = masks.astype(dtype).sum(1)
     return indices, 1.0 / counts.index_select(indices // masks.shape[1])
