@@ -362,7 +362,7 @@ def test_wrong_batches():
         ValueError, match="DINOv2 needs 'masks', .*batch_transform BlockMasks, or .*ibot_loss_weight: 0"
     ):
         method({name: value for name, value in batch.items() if name != "masks"}, teacher_temp=TEMP)
-    with pytest.raises(ValueError, match=r"masks \[3, 16\] must be \[images, patches\], one row for each of the 6"):
+    with pytest.raises(ValueError, match=r"masks \[3, 16\] must be \[images, patches\], a row for each of the 6"):
         method({**batch, "masks": batch["masks"][:3]}, teacher_temp=TEMP)
     with pytest.raises(ValueError, match=r"masks .*6, 15.* must be \[images, patches\], here .*6, 16"):
         method({**batch, "masks": batch["masks"][:, 1:]}, teacher_temp=TEMP)

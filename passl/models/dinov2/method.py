@@ -28,7 +28,7 @@ class DINOv2(SelfDistillation):
     The loss is the sum of the three, each times its weight: DINO's over all pairs of a teacher view and another student
     view, iBOT's over the two global views, and KoLeo's of each global view by itself, added up.
 
-    backbone, head: builders, as those of DINO. To hide patches takes a backbone with `forward_crops` and a `mask_token`.
+    backbone, head: builders, as those of DINO. To hide patches, a backbone needs `forward_crops` and a `mask_token`.
     ibot_head: builder of a head of the patches' own; None: they share that of the views.
     freeze_last_layer: for so many epochs the heads' last layers are not trained.
     centering: how the teacher is kept from collapse, by a running "softmax" centre or by "sinkhorn" (Sinkhorn-Knopp).
@@ -129,7 +129,7 @@ class DINOv2(SelfDistillation):
         masks = batch["masks"]
         if masks.ndim != 2 or masks.shape[0] != num_images:
             raise ValueError(
-                f"masks {list(masks.shape)} must be [images, patches], one row for each of the {num_images} global crops"
+                f"masks {list(masks.shape)} must be [images, patches], a row for each of the {num_images} global crops"
             )
         return masks.astype("bool")
 
