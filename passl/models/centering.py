@@ -37,10 +37,11 @@ class CenteredLoss(nn.Layer):
         self._teacher_rows = 0
 
     @paddle.no_grad()
-    def targets(self, teacher_logits: Tensor, teacher_temp: float) -> Tensor:
+    def targets(self, teacher_logits: Tensor, teacher_temp: float, counted: bool = True) -> Tensor:
         """[B, K] -> the probabilities [B, K] that the student is to predict, in the precision of the centre.
 
-        In training the logits count for the next centre. With Sinkhorn-Knopp all processes must call it equally often.
+        In training the logits count for the next centre, unless they are there only because all processes must call it:
+        equally often with Sinkhorn-Knopp, and at least once between two updates of a centre.
         """
         if not teacher_temp > 0:
             raise ValueError(f"teacher_temp ({teacher_temp}) must be positive")
@@ -49,9 +50,9 @@ class CenteredLoss(nn.Layer):
             if self.centering == "sinkhorn":
                 return sinkhorn_knopp(teacher_logits, teacher_temp)
             if self.training:
-                total = teacher_logits.sum(0)
+                total = teacher_logits.sum(0) if counted else paddle.zeros_like(teacher_logits[0])
                 self._teacher_sum = total if self._teacher_sum is None else self._teacher_sum + total
-                self._teacher_rows += teacher_logits.shape[0]
+                self._teacher_rows += teacher_logits.shape[0] if counted else 0
             return F.softmax((teacher_logits - self.center) / teacher_temp, axis=-1)
 
     def forget(self) -> None:
@@ -61,12 +62,14 @@ class CenteredLoss(nn.Layer):
 
     @paddle.no_grad()
     def update_center(self) -> None:
-        """Moves the centre towards the mean of all teacher logits since the last call, over all processes."""
+        """Moves the centre towards the mean of all teacher logits since the last call, over all processes; without any
+        it stays.
+        """
         if self._teacher_sum is None:
             return
         rows = paddle.full([1], float(self._teacher_rows), dtype=self._teacher_sum.dtype)
         total = all_reduce_sum_(paddle.concat([self._teacher_sum, rows]))
-        mean = total[:-1] / total[-1]
+        mean = paddle.where(total[-1] > 0, total[:-1] / total[-1].clip(min=1.0), self.center[0])
         self.center.set_value(self.center * self.center_momentum + mean * (1.0 - self.center_momentum))
         self.forget()
 

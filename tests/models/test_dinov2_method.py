@@ -265,6 +265,22 @@ def test_teacher_and_centres_follow():
     assert all((after[name] != before[name]).any() for name in ("dino_loss.center", "ibot_loss.center"))
 
 
+def test_what_is_not_hidden_does_not_count_for_the_centre():
+    """A batch with nothing to hide adds nothing to it; and alone leaves it where it is."""
+    centers = []
+    for batches in ([batch_of()], [batch_of(), batch_of(hidden=0.0, seed=1)], [batch_of(hidden=0.0)]):
+        method = method_of(ibot_head=OWN_HEAD)
+        move_apart(method)
+        before = method.ibot_loss.center.numpy()
+        for batch in batches:
+            method(batch, teacher_temp=TEMP)
+        method.after_step(teacher_momentum=0.9)
+        centers.append(method.ibot_loss.center.numpy())
+    assert (centers[0] == centers[1]).all()
+    assert (centers[0] != before).any()
+    np.testing.assert_allclose(centers[2], before, rtol=1e-6)
+
+
 @pytest.mark.parametrize("ibot_head", [None, OWN_HEAD])
 def test_last_layers_are_frozen_in_the_first_epoch(ibot_head):
     method = method_of(ibot_head=ibot_head)
