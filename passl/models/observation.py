@@ -28,7 +28,7 @@ class Observation:
         self._center = dino_loss.center
         self._student_temp = dino_loss.student_temp
         self._centering = dino_loss.centering
-        self._incoming: dict[str, Tensor] = {}
+        self._seen: dict[str, Tensor] = {}
         self._features: dict[str, Tensor] = {}
         self._logits: Optional[tuple[Tensor, Tensor]] = None
         self._used_center: Optional[Tensor] = None
@@ -40,11 +40,11 @@ class Observation:
         ]
 
     def _keep_features(self, whose: str, features: Tensor) -> None:
-        self._incoming[whose] = features.detach()
+        self._seen[whose] = features.detach()
 
     def _keep_logits(self, student_logits: Tensor, teacher_logits: Tensor, teacher_temp: float) -> None:
-        self._features = dict(self._incoming)  # after the loss, DINOv2's heads may be called for patches
         self._logits = student_logits.detach(), teacher_logits.detach()
+        self._features = dict(self._seen)  # what goes through a head later is another loss's
         self._used_center = self._center.clone()  # it moves at the end of the step
         self._teacher_temp = teacher_temp
 
@@ -65,7 +65,7 @@ class Observation:
         """Takes the hooks off the layers and lets go of what they kept."""
         for handle in self._handles:
             handle.remove()
-        self._logits, self._used_center, self._features, self._incoming = None, None, {}, {}
+        self._logits, self._used_center, self._features, self._seen = None, None, {}, {}
 
     def _logit_numbers(self) -> dict[str, float]:
         dtype = self._center.dtype
