@@ -98,7 +98,7 @@ def sinkhorn_knopp(logits: Tensor, temperature: float, iterations: int = 3) -> T
         spread = _spread_by_logarithms(scaled.astype("float64"), total_rows.astype("float64"), iterations)
         return spread.astype(scaled.dtype)
     # Without the shift, which the first division takes back, large logits would overflow.
-    scores = (scaled - ends[1]).exp() if num_rows else scaled  # 2.6 computes nothing of nothing
+    scores = (scaled - ends[1]).exp_() if num_rows else scaled  # 2.6 computes nothing of nothing
     # Every division is by one factor for each row or column, so that the large matrix is only read.
     rows, columns = paddle.ones([num_rows, 1], scores.dtype), paddle.zeros([1, num_columns], scores.dtype)
     for _ in range(iterations):
@@ -106,7 +106,7 @@ def sinkhorn_knopp(logits: Tensor, temperature: float, iterations: int = 3) -> T
         columns = 1.0 / (all_reduce_sum_(own) * num_columns)
         if num_rows:
             rows = 1.0 / (_columns_sum(scores, columns) * total_rows)
-    return scores * columns * (rows * total_rows) if num_rows else scaled
+    return scores.multiply_(columns).multiply_(rows * total_rows) if num_rows else scaled
 
 
 # Between the largest and the smallest scaled logit: exponentials further apart, and less by the divisions, leave the
