@@ -8,11 +8,12 @@ import re
 from pathlib import Path
 from typing import Any, Optional
 
-from passl.doctor.runs import Run, flattened, is_number, out_dim_of
+from passl.doctor.runs import WITH_PROTOTYPES, Run, flattened, is_number, out_dim_of
 from passl.yaml_io import ConfigError, parse
 
 METRICS, CONFIG, OFFICIAL_LOG, TRAIN_LOG = "metrics.jsonl", "config.yaml", "log.txt", "train.log"
 PHASE = "doctor"
+LOSS_OF_VIEWS = "dino_loss"
 _LINE = re.compile(r"\[Train\]\[Epoch (\d+)/\d+\]\[Iter: (\d+)/(\d+)\]\s*(.*)")
 _NUMBER = re.compile(r"(\w+): ([-+]?(?:nan|inf|[\d.]+(?:[eE][-+]?\d+)?))(?: |,|$)")
 
@@ -105,15 +106,20 @@ def _json_rows(file: Path, text: str) -> tuple[list[dict[str, Any]], list[int]]:
 
 def _ours(file: Path, rows: list[dict[str, Any]]) -> Run:
     settings = _settings(file.with_name(CONFIG))
-    train = [row for row in rows if row["phase"] == "train" and "loss" in row]
+    train = [_of_views(row) for row in rows if row["phase"] == "train" and "loss" in row]
     visits = _whole([row for row in rows if row["phase"] == PHASE])
     if not train and not visits:
         raise UnreadableRunError(f"{file}: no row of the phases train or {PHASE} has a loss")
     run = Run(curve=train, settings=settings, out_dim=out_dim_of(settings))
-    run.has_labels = settings.get("Model.name", "DINO") != "DINO" or any("top1" in row for row in train)
+    run.has_labels = settings.get("Model.name", "DINO") not in WITH_PROTOTYPES or any("top1" in row for row in train)
     for row in visits:
         run.add(row)
     return run
+
+
+def _of_views(row: dict[str, Any]) -> dict[str, Any]:
+    """With the loss that ln(out_dim) is a measure of, in place of a sum with others that is finite."""
+    return {**row, "loss": row[LOSS_OF_VIEWS]} if LOSS_OF_VIEWS in row and math.isfinite(row["loss"]) else row
 
 
 def _readable(row: dict[str, Any]) -> dict[str, Any]:
@@ -170,7 +176,7 @@ def _from_lines(file: Path, text: str) -> Run:
         numbers = {name: float(value) for name, value in _NUMBER.findall(rest)}
         if "loss" in numbers:
             step = (int(epoch) - 1) * int(length) + int(place) + 1
-            rows.append({"step": step, "epoch": int(epoch), **numbers})
+            rows.append(_of_views({"step": step, "epoch": int(epoch), **numbers}))
     if not rows:
         raise UnreadableRunError(f"{file}: no line [Train][Epoch ...][Iter: ...] has a loss; {_EXPECTED}")
     settings = _settings(file.with_name(CONFIG))

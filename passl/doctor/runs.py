@@ -10,6 +10,7 @@ from typing import Any, Optional
 
 Row = Mapping[str, Any]
 _MAX_VISITS = 400
+WITH_PROTOTYPES = ("DINO", "DINOv2")
 _DEFAULT_OUT_DIM = 65536  # of DINOHead
 
 
@@ -80,7 +81,7 @@ def flattened(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def out_dim_of(settings: Mapping[str, Any]) -> Optional[int]:
     """Number of prototypes that a configuration asks for; None if it trains no DINO."""
-    if settings.get("Model.name") != "DINO":
+    if settings.get("Model.name") not in WITH_PROTOTYPES:
         return None
     value = settings.get("Model.head.out_dim", _DEFAULT_OUT_DIM)
     return value if isinstance(value, int) and value > 1 else None

@@ -17,7 +17,7 @@ from passl import distributed
 from passl.data.image_io import UnreadableImageError
 from passl.data.samples import ImageSamples, Samples
 from passl.doctor.finding import HEALTHY, UNSTABLE, Finding
-from passl.doctor.reading import PHASE
+from passl.doctor.reading import LOSS_OF_VIEWS, PHASE
 from passl.doctor.runs import Run, flattened, out_dim_of
 from passl.doctor.verdict import diagnose
 from passl.engine.hooks import LogHook
@@ -85,7 +85,8 @@ class DiagnosisHook:
 
     def after_step(self, trainer: Trainer) -> None:
         if trainer.outputs:  # the step was not left out
-            self._losses.append(trainer.outputs["loss"])
+            # Of a sum of several losses, the one that ln(out_dim) is a measure of.
+            self._losses.append(trainer.outputs.get(LOSS_OF_VIEWS, trainer.outputs["loss"]))
         self._waited += trainer.reader_seconds
         self._seconds += trainer.batch_seconds
         if self.is_due:

@@ -45,6 +45,17 @@ def test_our_runs(tmp_path) -> None:
     assert read_run(tmp_path).has_labels
 
 
+def test_the_loss_of_dinov2_is_that_of_its_views(tmp_path) -> None:
+    """ln(out_dim) says nothing about a sum of losses, unless that is not finite."""
+    rows = [{**TRAIN[0], "loss": 9.0, "dino_loss": 6.0}, {**TRAIN[1], "loss": math.inf, "dino_loss": 6.0}]
+    write(tmp_path, "metrics.jsonl", rows)
+    (tmp_path / "config.yaml").write_text("Model: {name: DINOv2, head: {name: DINOHead, out_dim: 128}}\n")
+    run = read_run(tmp_path)
+    assert [row["loss"] for row in run.curve] == [6.0, math.inf]
+    assert not run.has_labels
+    assert run.out_dim == 128
+
+
 def test_official_logs(tmp_path) -> None:
     file = tmp_path / "log.txt"
     file.write_text(OFFICIAL + '{"train_loss": 9.0, "train_lr": 0.1, "epoch": 1}\n\n{"train_loss": 8.0, "ep')

@@ -208,8 +208,8 @@ def hidden_patches(masks: Tensor, dtype: Union[str, paddle.dtype] = "float32") -
     Where nothing is hidden it is one patch of weight 0: every head has to take part in every step, and all processes in
     the centring.
     """
-    indices = masks.flatten().nonzero().flatten()
+    numbers = masks.astype(dtype)  # Paddle 2.6 flattens no bools
+    indices = numbers.flatten().nonzero().flatten()
     if indices.shape[0] == 0:
         return paddle.zeros([1], "int64"), paddle.zeros([1], dtype)
-    counts = masks.astype(dtype).sum(1)
-    return indices, 1.0 / counts.index_select(indices // masks.shape[1])
+    return indices, 1.0 / numbers.sum(1).index_select(indices // masks.shape[1])
