@@ -72,7 +72,7 @@ class SubsetDropPath(DropPath):
             return super().add(shortcut, shortcut_sizes, branch, x, mask, sizes)
         # The rows of a batch are whole samples.
         rows_of, shortcut_rows_of = sizes or ((x.shape[0], 1),), shortcut_sizes or ((x.shape[0], 1),)
-        kept = [max(int(batch * (1.0 - self.rate)), 1) for batch, _ in rows_of]
+        kept = [min(max(int(batch * (1.0 - self.rate)), 1), batch) for batch, _ in rows_of]  # of none, none
         drawn = [paddle.randperm(batch)[:count] for count, (batch, _) in zip(kept, rows_of)]
         rows = _rows(drawn, rows_of)
         added = branch(
@@ -81,7 +81,7 @@ class SubsetDropPath(DropPath):
             sizes and tuple((count, tokens) for count, (_, tokens) in zip(kept, sizes)),
         )
         parts = packs.split(added, [count * tokens for count, (_, tokens) in zip(kept, shortcut_rows_of)])
-        factors = [batch / count for count, (batch, _) in zip(kept, rows_of)]
+        factors = [batch / max(count, 1) for count, (batch, _) in zip(kept, rows_of)]
         added = packs.concat([part * factor for part, factor in zip(parts, factors)])
         if added.dtype != shortcut.dtype:
             added, shortcut = added.astype("float32"), shortcut.astype("float32")
