@@ -54,8 +54,9 @@ class DropPath(nn.Layer):
 class SubsetDropPath(DropPath):
     """Drops paths by computing the branch for some of the samples alone: max(int(B * (1 - rate)), 1) of B, drawn anew.
 
-    As in DINOv2 (Oquab et al. 2023), at any rate above 0: of every batch of a pack as many samples are dropped, and
-    cost nothing. What the branch adds is multiplied by B / kept, so that the expectation is that of no dropping.
+    As in DINOv2 (Oquab et al. 2023) for crops of several sizes, at any rate above 0 (its code for a single batch keeps
+    to DropPath up to 0.1). In every batch of a pack B counts for itself, and what is dropped costs nothing. What the
+    branch adds is multiplied by B / kept, so that the expectation is that of no dropping.
     """
 
     def add(
@@ -71,7 +72,7 @@ class SubsetDropPath(DropPath):
             return super().add(shortcut, shortcut_sizes, branch, x, mask, sizes)
         # The rows of a batch are whole samples.
         rows_of, shortcut_rows_of = sizes or ((x.shape[0], 1),), shortcut_sizes or ((x.shape[0], 1),)
-        kept = [max(int(batch * (1.0 - self.rate)), 1) for batch, _ in rows_of]
+        kept = [min(max(int(batch * (1.0 - self.rate)), 1), batch) for batch, _ in rows_of]  # of none, none
         drawn = [paddle.randperm(batch)[:count] for count, (batch, _) in zip(kept, rows_of)]
         rows = _rows(drawn, rows_of)
         added = branch(
@@ -80,7 +81,7 @@ class SubsetDropPath(DropPath):
             sizes and tuple((count, tokens) for count, (_, tokens) in zip(kept, sizes)),
         )
         parts = packs.split(added, [count * tokens for count, (_, tokens) in zip(kept, shortcut_rows_of)])
-        factors = [batch / count for count, (batch, _) in zip(kept, rows_of)]
+        factors = [batch / max(count, 1) for count, (batch, _) in zip(kept, rows_of)]
         added = packs.concat([part * factor for part, factor in zip(parts, factors)])
         if added.dtype != shortcut.dtype:
             added, shortcut = added.astype("float32"), shortcut.astype("float32")
