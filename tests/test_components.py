@@ -19,7 +19,17 @@ from passl.engine.run import checked
 from passl.models import DINOHead, VisionTransformer
 from passl.models.method import Method
 from passl.models.vision_transformer import TokenTransformer
-from passl.registry import BACKBONES, DATASETS, EVALUATORS, HEADS, METHODS, OPTIMIZERS, SCHEDULES, TRANSFORMS
+from passl.registry import (
+    BACKBONES,
+    BATCH_TRANSFORMS,
+    DATASETS,
+    EVALUATORS,
+    HEADS,
+    METHODS,
+    OPTIMIZERS,
+    SCHEDULES,
+    TRANSFORMS,
+)
 from passl.schedules import Timeline
 from tests.data.tarballs import write_tarball
 from tests.engine import tiny
@@ -139,6 +149,16 @@ def test_transforms(name):
         assert all((one[key] == same[key]).all() for key in one)
     else:
         assert (np.asarray(one) == np.asarray(same)).all()
+
+
+@pytest.mark.parametrize("name", BATCH_TRANSFORMS.names())
+def test_batch_transforms(name):
+    transform = build(BATCH_TRANSFORMS.get(name))
+    arrays = {key: value.numpy() for key, value in batch().items()}
+    one, same = (transform(dict(arrays), np.random.default_rng(5)) for _ in range(2))
+    assert one.keys() >= {"index", "global_crops"}
+    assert all((one[key] == same[key]).all() for key in one)
+    assert all(len(value) % len(one["index"]) == 0 for value in one.values())
 
 
 @pytest.mark.parametrize("name", DATASETS.names())
