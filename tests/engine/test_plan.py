@@ -342,3 +342,10 @@ def test_every_decision_of_the_issue_has_a_reason():
     lines = document.table(list(settings.values()), 100)
     assert lines[0].split() == ["setting", "value", "why"]
     assert max(map(len, lines)) <= 110
+
+
+@pytest.mark.parametrize(("rule", "shown"), [({}, "* batch/1024"), ({"batch_rule": "sqrt"}, "* sqrt(batch/1024)")])
+def test_the_table_shows_how_a_rate_follows_the_batch(rule, shown):
+    value = {"name": "Cosine", "base": 0.004, "final": 1e-6, "reference_batch_size": 1024, **rule}
+    row = document.table([recipe.Setting("Schedules.lr", value, "as the official one")], 100)[-1]
+    assert f"0.004 {shown} -> 1e-06" in row

@@ -28,7 +28,8 @@ class DINOv2(SelfDistillation):
     The loss is the sum of the three, each times its weight: DINO's over all pairs of a teacher view and another student
     view, iBOT's over the two global views, and KoLeo's of each global view by itself, added up.
 
-    backbone, head: builders, as those of DINO. To hide patches, a backbone needs `forward_crops` and a `mask_token`.
+    backbone, head: builders, as those of DINO. To hide patches takes a backbone with `forward_crops`, `patch_size` and
+        `mask_token`.
     ibot_head: builder of a head of the patches' own; None: they share that of the views.
     freeze_last_layer: for so many epochs the heads' last layers are not trained.
     centering: how the teacher is kept from collapse, by a running "softmax" centre or by "sinkhorn" (Sinkhorn-Knopp).
@@ -103,7 +104,7 @@ class DINOv2(SelfDistillation):
         [2*B, N], the patches of the global crops that are hidden from the student. View by view.
         """
         crops = crops_of(batch, "DINOv2")
-        masks = self._masks(batch, crops[0].shape[0])
+        masks = self._masks(batch)
         features, patches = _features(self.student, crops, masks)
         with paddle.no_grad():
             teacher_features, teacher_patches = _features(self.teacher, crops[:1], masks, hide=False)
@@ -117,7 +118,7 @@ class DINOv2(SelfDistillation):
         total = sum(self.loss_weights[name] * loss for name, loss in losses.items())
         return {"loss": total, **{f"{name}_loss": loss for name, loss in losses.items()}}
 
-    def _masks(self, batch: dict[str, Tensor], num_images: int) -> Optional[Tensor]:
+    def _masks(self, batch: dict[str, Tensor]) -> Optional[Tensor]:
         """bool [2*B, N], or None where no patch is to be hidden"""
         if not self._hides_patches:
             return None
@@ -126,10 +127,13 @@ class DINOv2(SelfDistillation):
                 "DINOv2 needs 'masks', the patches to hide from the student: give DataLoader.Train the batch_transform "
                 "BlockMasks, or the model ibot_loss_weight: 0"
             )
-        masks = batch["masks"]
-        if masks.ndim != 2 or masks.shape[0] != num_images:
+        masks, (num_images, _, height, width) = batch["masks"], batch["global_crops"].shape
+        side = self.student.backbone.patch_size
+        expected = [num_images, (height // side) * (width // side)]
+        if list(masks.shape) != expected:
             raise ValueError(
-                f"masks {list(masks.shape)} must be [images, patches], a row for each of the {num_images} global crops"
+                f"masks {list(masks.shape)} must be [images, patches], here {expected}: the patch_size of "
+                f"DataLoader.Train.batch_transform must be that of the backbone, {side}"
             )
         return masks.astype("bool")
 
@@ -177,10 +181,10 @@ def _check_weights(weights: dict[str, float]) -> None:
 
 def _check_hides_patches(backbone: nn.Layer) -> None:
     name = type(backbone).__name__
-    if not hasattr(backbone, "forward_crops"):
+    if not (hasattr(backbone, "forward_crops") and hasattr(backbone, "patch_size")):
         raise ValueError(
-            f"{name} has no patches to hide (no forward_crops): give a vision transformer with mask_token: true, or "
-            "ibot_loss_weight: 0"
+            f"{name} has no patches to hide (no forward_crops and patch_size): give a vision transformer with "
+            "mask_token: true, or ibot_loss_weight: 0"
         )
     if getattr(backbone, "mask_token", None) is None:
         raise ValueError(
