@@ -30,7 +30,7 @@ FLOORS = (
         "formats",
     ),
     ("data", "models"),
-    ("checkpoint", "exported"),
+    ("checkpoint", "exported", "wrapper"),
     ("evaluators", "visualize", "convert", "export", "predict", "doctor"),
     ("hub",),
     ("engine",),
