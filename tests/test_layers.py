@@ -28,6 +28,7 @@ FLOORS = (
         "page",
         "processes",
         "formats",
+        "cubic",
     ),
     ("data", "models"),
     ("checkpoint", "exported", "wrapper"),
