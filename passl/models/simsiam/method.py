@@ -77,4 +77,5 @@ def symmetric_loss(predictions: list[Tensor], projections: list[Tensor]) -> Tens
 def output_std(projections: Tensor) -> Tensor:
     """Of the normalised outputs [B, D], the standard deviation of each channel, on average, times sqrt(D)."""
     outputs = F.normalize(projections, axis=-1)
-    return outputs.std(0, unbiased=False).mean() * outputs.shape[1] ** 0.5
+    # Not std(), which mixes two types on the way and makes Paddle say so.
+    return (outputs - outputs.mean(0)).square().mean(0).sqrt().mean() * outputs.shape[1] ** 0.5
