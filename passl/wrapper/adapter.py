@@ -213,8 +213,8 @@ def _why_not(model: nn.Layer, kind: str, images: Tensor, error: Exception) -> st
         how = f"{type(error).__name__}: {reason}"
     if kind == "global":
         advice = (
-            f"global_crop_size says how large crops are, mean and std (here {channels} values) how many channels images "
-            "have"
+            f"global_crop_size says how large crops are, and mean and std (here {channels} values) how many channels "
+            "images have"
         )
     else:
         advice = (

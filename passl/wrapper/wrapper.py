@@ -86,8 +86,8 @@ class DINOWrapper(nn.Layer):
         """ "train": (the mean of the student's features of the global crops [B, D], the loss), both with gradient.
         "val": the teacher's features [B, D] of the normalised images in evaluation mode, without.
 
-        images: a batch Tensor [B, C, H, W], uint8 or floats in [0, 1]; or a list of arrays [H, W, C] or Pillow images, of
-            any sizes. Not normalised: the wrapper does it.
+        images: a batch Tensor [B, C, H, W], uint8 or floats in [0, 1]; or a list of arrays [H, W, C] or Pillow images,
+            of any sizes. Not normalised: the wrapper does it.
         epoch: counts from 0; with `len_train_loader` set and `ema_update` called it need not be given.
 
         Raises:
@@ -262,7 +262,7 @@ def _ibot_weight(features: Features, conf: DINOConf) -> float:
 
 
 def _stay_in_full_precision(layers: list[nn.Layer]) -> None:
-    """Keeps `paddle.amp.decorate` of a whole wrapper from casting them: small moves of a teacher would round to none."""
+    """Keeps `paddle.amp.decorate` of a whole wrapper from casting them: a teacher's small moves would round to none."""
     for layer in layers:
         for one in layer.sublayers(include_self=True):
             # The two names that Paddle has had for its switch.
