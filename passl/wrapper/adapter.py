@@ -100,7 +100,7 @@ def _vector(
         output = output[:, 0] if has_cls_token(model) else output.mean(1)
     if output.ndim != 2 or output.shape[0] != rows:
         raise ValueError(
-            f"{owner} is {output.shape} for {rows} images; features are [B, D], [B, D, H, W] (their mean is taken) or "
+            f"{owner} is {list(output.shape)} for {rows} images; features are [B, D], [B, D, H, W] (their mean is taken) or "
             "[B, N, D] ([CLS] or their mean): set preprocess_func to a function that makes them so"
         )
     return output

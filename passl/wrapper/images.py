@@ -45,7 +45,7 @@ class Views:
         if not isinstance(images, Tensor):
             return self._crops_of(self._pictures(images), rng)
         images = self._checked(images)
-        if images.place.is_cpu_place():  # where many small operations are faster than few large ones
+        if _is_on_cpu(images):  # where many small operations are faster than few large ones
             arrays = images.numpy().transpose(0, 2, 3, 1)
             return self._crops_of([self._array(image, index) for index, image in enumerate(arrays)], rng)
         return self.batch_crop(images, rng)
@@ -74,13 +74,13 @@ class Views:
         """As float32. Raises for what is no batch of images in uint8 or in floats in [0, 1]."""
         if images.ndim != 4:
             raise ValueError(
-                f"images ({images.shape}) must be [B, C, H, W]; of a single image images.unsqueeze(0), and of a stack "
+                f"images ({list(images.shape)}) must be [B, C, H, W]; of a single image images.unsqueeze(0), and of a stack "
                 "of [B, H, W, C] images.transpose([0, 3, 1, 2])"
             )
         if images.shape[1] != self.channels:
             hint = ", and these look like [B, H, W, C]: images.transpose([0, 3, 1, 2])"
             raise ValueError(
-                f"images ({images.shape}) have {images.shape[1]} channels, and mean and std {self.channels} values: "
+                f"images ({list(images.shape)}) have {images.shape[1]} channels, and mean and std {self.channels} values: "
                 f"they must have one for each channel{hint if images.shape[3] == self.channels else ''}"
             )
         return checked_images(images)
@@ -104,7 +104,9 @@ class Views:
             hint = "take the images out of what the data loader gives: images = batch[0]"
             if image.ndim == 3:
                 hint = "make one batch of them: paddle.stack(images)"
-            raise TypeError(f"images is a list of {count}, of which number {index} is a Tensor {image.shape}: {hint}")
+            raise TypeError(
+                f"images is a list of {count}, of which number {index} is a Tensor {list(image.shape)}: {hint}"
+            )
         if isinstance(image, Image.Image):
             if self.channels == 3:
                 return to_rgb(image)
@@ -134,6 +136,10 @@ class Views:
         if self.channels == 3 and image.dtype != np.uint8:
             raise TypeError(f"image {index} of the list is {image.dtype}: give uint8 (0 to 255) or floats in [0, 1]")
         return image
+
+
+def _is_on_cpu(images: Tensor) -> bool:
+    return images.place.is_cpu_place()
 
 
 def _wrong_range(low: float, high: float) -> str:
