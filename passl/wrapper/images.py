@@ -74,14 +74,15 @@ class Views:
         """As float32. Raises for what is no batch of images in uint8 or in floats in [0, 1]."""
         if images.ndim != 4:
             raise ValueError(
-                f"images ({list(images.shape)}) must be [B, C, H, W]; of a single image images.unsqueeze(0), and of a stack "
-                "of [B, H, W, C] images.transpose([0, 3, 1, 2])"
+                f"images ({list(images.shape)}) must be [B, C, H, W]; of a single image images.unsqueeze(0), and of a "
+                "stack of [B, H, W, C] images.transpose([0, 3, 1, 2])"
             )
         if images.shape[1] != self.channels:
             hint = ", and these look like [B, H, W, C]: images.transpose([0, 3, 1, 2])"
+            hint = hint if images.shape[3] == self.channels else ""
             raise ValueError(
-                f"images ({list(images.shape)}) have {images.shape[1]} channels, and mean and std {self.channels} values: "
-                f"they must have one for each channel{hint if images.shape[3] == self.channels else ''}"
+                f"images ({list(images.shape)}) have {images.shape[1]} channels, and mean and std {self.channels} "
+                f"values: they must have one for each channel{hint}"
             )
         return checked_images(images)
 

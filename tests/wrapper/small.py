@@ -27,6 +27,26 @@ class SmallNet(nn.Layer):
         return self.fc(self.drop(self.body(self.stem(images)).mean([2, 3])))
 
 
+class FixedViT(nn.Layer):
+    """A transformer for images of 32 pixels and no others, with a classifier. [B, 3, 32, 32] -> [B, 10]"""
+
+    def __init__(self, image_size: int = IMAGE) -> None:
+        super().__init__()
+        self.patches = nn.Conv2D(3, 12, 8, stride=8)
+        self.cls_token = self.create_parameter([1, 1, 12])
+        self.pos_embed = self.create_parameter([1, 1 + (image_size // 8) ** 2, 12])
+        self.block = nn.TransformerEncoderLayer(12, 2, 24, dropout=0.1)
+        self.head = nn.Linear(12, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        patches = self.patches(images).flatten(2).transpose([0, 2, 1])
+        tokens = paddle.concat([self.cls_token.expand([images.shape[0], 1, 12]), patches], axis=1)
+        return self.head(self.block(tokens + self.positions())[:, 0])
+
+    def positions(self) -> Tensor:
+        return self.pos_embed
+
+
 def small_conf(**settings: Any) -> DINOConf:
     sizes = {"global_crop_size": IMAGE, "local_crop_size": CROP, "local_crops_number": 2}
     head = {"out_dim": 16, "hidden_dim": 8, "bottleneck_dim": 4}

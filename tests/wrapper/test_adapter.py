@@ -15,7 +15,7 @@ from passl.models.resnet import ResNet, resnet18
 from passl.models.vision_transformer import VisionTransformer
 from passl.models.xcit import xcit_nano_12_p16
 from passl.wrapper.adapter import make_features
-from tests.wrapper.small import IMAGE, SmallNet, batch, small_conf, small_wrapper, train
+from tests.wrapper.small import IMAGE, FixedViT, SmallNet, batch, small_conf, small_wrapper, train
 
 QUICK = {
     "resnet18": 512,
@@ -295,6 +295,35 @@ def test_models_of_one_image_size_say_what_to_set():
     assert "set local_crop_size to global_crop_size, or local_crops_number=0, or return_layer" in str(caught.value)
     for settings in ({"local_crop_size": IMAGE}, {"local_crops_number": 0}, {"return_layer": "0"}):
         assert np.isfinite(train(DINOWrapper(model, small_conf(**settings)), 1)[0])
+
+
+@pytest.mark.parametrize("sizes", [(32, 16), ((24, 40), (16, 24))])
+def test_transformers_of_one_image_size_take_crops_of_others(sizes):
+    paddle.seed(0)
+    model = FixedViT()
+    wrapper = DINOWrapper(model, small_conf(global_crop_size=sizes[0], local_crop_size=sizes[1]))
+    assert wrapper.embed_dim == 12
+    before = model.pos_embed.numpy()
+    assert all(np.isfinite(train(wrapper, 2)))
+    assert np.abs(model.pos_embed.numpy() - before).max(-1).all()  # each of them learns
+    assert model(paddle.rand([1, 3, 32, 32])).shape == [1, 10]
+
+
+def test_positions_that_cannot_be_resized_say_what_to_set():
+    class Looked(FixedViT):
+        def __init__(self) -> None:
+            super().__init__()
+            del self.pos_embed
+            self.pos_embedding = nn.Embedding(17, 12)
+
+        def positions(self):
+            return self.pos_embedding(paddle.arange(17)).unsqueeze(0)
+
+    with pytest.raises(ValueError) as caught:
+        DINOWrapper(Looked(), small_conf())
+    assert "its positions are looked up in a table (pos_embedding). Set local_crop_size=(32, 32)" in str(caught.value)
+    assert "or local_crops_number=0" in str(caught.value)
+    assert DINOWrapper(Looked(), small_conf(local_crops_number=0)).embed_dim == 12
 
 
 def test_the_dry_run_leaves_no_trace():
