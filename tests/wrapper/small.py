@@ -30,12 +30,12 @@ class SmallNet(nn.Layer):
 class FixedViT(nn.Layer):
     """A transformer for images of 32 pixels and no others, with a classifier. [B, 3, 32, 32] -> [B, 10]"""
 
-    def __init__(self, image_size: int = IMAGE) -> None:
+    def __init__(self, image_size: int = IMAGE, dropout: float = 0.1) -> None:
         super().__init__()
         self.patches = nn.Conv2D(3, 12, 8, stride=8)
         self.cls_token = self.create_parameter([1, 1, 12])
         self.pos_embed = self.create_parameter([1, 1 + (image_size // 8) ** 2, 12])
-        self.block = nn.TransformerEncoderLayer(12, 2, 24, dropout=0.1)
+        self.block = nn.TransformerEncoderLayer(12, 2, 24, dropout=dropout)
         self.head = nn.Linear(12, 10)
 
     def forward(self, images: Tensor) -> Tensor:
