@@ -89,11 +89,11 @@ class Settings:
     return_layer: Union[str, Sequence[str], None] = None
     preprocess_func: Optional[Callable[[Any], Any]] = None
     # head
-    out_dim: int = 4096
-    hidden_dim: int = 1024
-    bottleneck_dim: int = 256
+    out_dim: int = 2048
+    hidden_dim: int = 512
+    bottleneck_dim: int = 128
     num_layers: int = 3
-    use_bn: bool = False
+    use_bn: bool = True
     norm_last_layer: bool = True
     freeze_last_layer: int = 0
     # losses

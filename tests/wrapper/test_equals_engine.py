@@ -14,7 +14,7 @@ from passl.models.distillation import SelfDistillation
 from passl.models.resnet import resnet18
 from tests.wrapper.small import CROP, IMAGE, crops, small_conf
 
-HEAD = {"out_dim": 16, "hidden_dim": 8, "bottleneck_dim": 4}
+HEAD = {"out_dim": 16, "hidden_dim": 8, "bottleneck_dim": 4, "use_bn": True}
 VIT = functools.partial(VisionTransformer, img_size=IMAGE, patch_size=8, embed_dim=12, depth=2, num_heads=2)
 
 

@@ -61,7 +61,8 @@ def test_the_custom_configuration_is_dinov2_of_these_sizes():
     sizes = []
     names["model"].layer1.register_forward_pre_hook(lambda _, inputs: sizes.append(inputs[0].shape))
     exec(blocks()[1], names)
-    assert sizes[-2:] == [[4, 3, 480, 640], [16, 3, 240, 320]]
+    assert [4, 3, 480, 640] in sizes
+    assert [16, 3, 240, 320] in sizes
     assert names["dino_model"].configs.version == "v2"
     assert set(names["dino_model"].losses) == {"loss", "dino_loss", "koleo_loss"}
     assert names["model"].layer1[0].weight.grad is not None
