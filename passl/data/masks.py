@@ -7,8 +7,10 @@ from typing import Any, Optional
 
 import numpy as np
 
+from passl.config import ConfigError
 from passl.registry import BATCH_TRANSFORMS
 
+_WHERE = "DataLoader.Train.batch_transform (BlockMasks)"
 _ATTEMPTS = 10  # to place one block
 
 
@@ -146,7 +148,7 @@ class BlockMasks:
         """arrays: a batch with "global_crops" [2*B, C, H, W] -> the same with "masks".
 
         Raises:
-            ValueError: there are no global crops, or their size is no multiple of `patch_size`.
+            ConfigError: there are no global crops, or their size is no multiple of `patch_size`.
         """
         generator = self._generator_of(arrays)
         crops = len(arrays["global_crops"])
@@ -163,16 +165,19 @@ class BlockMasks:
 
     def _generator_of(self, arrays: dict[str, Any]) -> BlockMaskGenerator:
         if "global_crops" not in arrays:
-            raise ValueError(
-                f"BlockMasks hides patches of 'global_crops', and the batch has only {', '.join(arrays) or 'nothing'}: "
-                "give the data set of DataLoader.Train the transform MultiCrop"
+            raise ConfigError(
+                [
+                    f"{_WHERE}: it hides patches of 'global_crops', and the batch has only "
+                    f"{', '.join(arrays) or 'nothing'}: give the data set of DataLoader.Train the transform MultiCrop"
+                ]
             )
         height, width = np.shape(arrays["global_crops"])[-2:]
         if height % self.patch_size or width % self.patch_size:
-            raise ValueError(
-                f"BlockMasks: global crops of {height} x {width} pixels must be a multiple of patch_size "
-                f"({self.patch_size}) in height and width: set MultiCrop's global_crops_size and the backbone's "
-                "patch_size to go with it"
+            raise ConfigError(
+                [
+                    f"{_WHERE}: patch_size ({self.patch_size}) does not divide the global crops of {height} x {width} "
+                    "pixels: make it the backbone's, and MultiCrop's global_crops_size a multiple of it"
+                ]
             )
         grid = height // self.patch_size, width // self.patch_size
         if self._generator is None or (self._generator.height, self._generator.width) != grid:

@@ -159,11 +159,11 @@ def test_one_collated_batch(reference) -> None:
     ("arrays", "message"),
     [
         ({"image": np.zeros((2, 3, 28, 28))}, "'global_crops', and the batch has only image: .* transform MultiCrop"),
-        (batch(4, 28, 30), r"global crops of 28 x 30 pixels must be a multiple of patch_size \(14\)"),
+        (batch(4, 28, 30), r"patch_size \(14\) does not divide the global crops of 28 x 30 pixels"),
     ],
 )
 def test_batches_that_do_not_fit(arrays, message) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ConfigError, match=message):
         BlockMasks(14)(arrays, np.random.default_rng(0))
 
 
