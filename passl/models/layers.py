@@ -277,3 +277,8 @@ def learned_parameters(layer: nn.Layer) -> list[Tensor]:
 def running_statistics(layer: nn.Layer) -> list[Tensor]:
     """What forward passes in training leave behind: statistics of batch norms."""
     return [p for name, p in layer.named_parameters() if name.rpartition(".")[2] in _STATISTICS]
+
+
+def has_hooks(layer: nn.Layer) -> bool:
+    """Whether somebody looks at what passes through a layer, or one below it."""
+    return any(part._forward_pre_hooks or part._forward_post_hooks for part in layer.sublayers(include_self=True))

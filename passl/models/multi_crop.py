@@ -9,7 +9,7 @@ import paddle
 from paddle import Tensor, nn
 
 from passl.models import packs
-from passl.models.layers import in_full_precision
+from passl.models.layers import has_hooks, in_full_precision
 from passl.models.vision_transformer import TokenTransformer
 
 
@@ -48,7 +48,8 @@ class MultiCropNetwork(nn.Layer):
 
 
 def _features(backbone: nn.Layer, crops: Sequence[Tensor]) -> Tensor:
-    """[sum of B_i, D]"""
-    if isinstance(backbone, TokenTransformer):
+    """[sum of B_i, D], as `backbone` gives them, which is called once for each run of crops of one size."""
+    # Hooks see what they see elsewhere, and a forward of somebody's own has the last word.
+    if getattr(backbone.forward, "__func__", None) is TokenTransformer.forward and not has_hooks(backbone):
         return backbone.cls_of_crops(crops)
     return packs.concat([backbone(packs.concat(run)) for run in packs.runs_of_equal_sizes(crops)])

@@ -6,6 +6,7 @@ keeps within each sequence, has to know them.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Sequence
 from typing import Optional
@@ -56,8 +57,8 @@ def _variable_lengths(query: Tensor, key: Tensor, value: Tensor, query_sizes: Si
         query,
         key,
         value,
-        _offsets(query_sizes),
-        _offsets(sizes),
+        _offsets(query_sizes, paddle.get_device()),
+        _offsets(sizes, paddle.get_device()),
         max(tokens for _, tokens in query_sizes),
         max(tokens for _, tokens in sizes),
         query.shape[-1] ** -0.5,
@@ -65,8 +66,9 @@ def _variable_lengths(query: Tensor, key: Tensor, value: Tensor, query_sizes: Si
     return mixed
 
 
-def _offsets(sizes: Sizes) -> Tensor:
-    """Where each sequence begins, and the end: int32 [1 + sum of B_i]. Made on the device, nothing waits for it."""
+@functools.lru_cache(maxsize=8)  # every block asks
+def _offsets(sizes: Sizes, device: str) -> Tensor:
+    """Where each sequence begins, and the end, on the current device: int32 [1 + sum of B_i]."""
     lengths = [paddle.full([sequences], tokens, "int32") for sequences, tokens in sizes]
     return paddle.concat([paddle.zeros([1], "int32"), *lengths]).cumsum(dtype="int32")
 

@@ -54,8 +54,9 @@ class DropPath(nn.Layer):
 class SubsetDropPath(DropPath):
     """Drops paths by computing the branch for some of the samples alone: max(int(B * (1 - rate)), 1) of B, drawn anew.
 
-    As in DINOv2 (Oquab et al. 2023), at any rate above 0: of every batch of a pack as many samples are dropped, and
-    cost nothing. What the branch adds is multiplied by B / kept, so that the expectation is that of no dropping.
+    As in DINOv2 (Oquab et al. 2023) for crops of several sizes, at any rate above 0 (its code for a single batch keeps
+    to DropPath up to 0.1). In every batch of a pack B counts for itself, and what is dropped costs nothing. What the
+    branch adds is multiplied by B / kept, so that the expectation is that of no dropping.
     """
 
     def add(

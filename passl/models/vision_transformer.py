@@ -12,7 +12,7 @@ from paddle import Tensor, nn
 
 from passl.models import functional, packs
 from passl.models.blocks import Block, PatchEmbed
-from passl.models.layers import INIT_STD, NORMAL_002, ZERO, LayerNorm, check_positive
+from passl.models.layers import INIT_STD, NORMAL_002, ZERO, LayerNorm, check_positive, has_hooks
 from passl.models.positions import MODES, Mode, resize_matrix, symbolic_resize_matrices
 from passl.registry import BACKBONES
 
@@ -110,7 +110,8 @@ class TokenTransformer(nn.Layer):
         cls_only: the last block computes the first token of each sequence alone: [B_i, 1, D].
         """
         if packed is None:
-            packed = bool(batches) and batches[0].place.is_gpu_place() and not _has_hooks(self.blocks)
+            on_gpu = bool(batches) and paddle.in_dynamic_mode() and batches[0].place.is_gpu_place()
+            packed = on_gpu and not has_hooks(self.blocks)
         if not packed or len(batches) < 2:
             return [self.norm(self._last_tokens(x, None, cls_only)) for x in batches]
         x, sizes = packs.pack(batches)
@@ -195,10 +196,6 @@ class TokenTransformer(nn.Layer):
         precision = np.float64 if dtype == paddle.float64 else np.float32
         matrices = [resize_matrix(mode, side, size, precision) for size in (rows, columns)]
         return [functional.tensor_of(matrix).astype(dtype) for matrix in matrices]
-
-
-def _has_hooks(layer: nn.Layer) -> bool:
-    return any(part._forward_pre_hooks or part._forward_post_hooks for part in layer.sublayers())
 
 
 @BACKBONES.register()
