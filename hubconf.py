@@ -12,6 +12,14 @@ from passl.models.hub import (  # noqa: F401  (what is here is what paddle.hub o
     dino_xcit_medium_24_p16,
     dino_xcit_small_12_p8,
     dino_xcit_small_12_p16,
+    dinov2_vitb14,
+    dinov2_vitb14_reg,
+    dinov2_vitg14,
+    dinov2_vitg14_reg,
+    dinov2_vitl14,
+    dinov2_vitl14_reg,
+    dinov2_vits14,
+    dinov2_vits14_reg,
 )
 
 dependencies = ["paddle", "numpy", "tqdm"]

@@ -9,12 +9,15 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
-from typing import Callable, Optional, Union
+from typing import Callable, Literal, Optional, Union
 
 from passl.registry import SCHEDULES
 
 Schedule = Callable[[int], float]
 Duration = Union[int, float, str]
+
+BatchRule = Literal["linear", "sqrt"]
+BATCH_RULES = ("linear", "sqrt")
 
 _DURATION = re.compile(r"\s*(\d+(?:\.\d*)?(?:[eE][+-]?\d+)?)\s*(ep|it|%)\s*")
 
@@ -76,6 +79,7 @@ def cosine(
     warmup_start: float = 0.0,
     per_epoch: bool = False,
     reference_batch_size: Optional[int] = None,
+    batch_rule: BatchRule = "linear",
 ) -> Schedule:
     """Linear warm-up to ``base``, then half a cosine towards ``final`` (Caron et al. 2021, section 3.2).
 
@@ -85,15 +89,23 @@ def cosine(
     Args:
         warmup: a duration up to the whole run, see :meth:`Timeline.steps`.
         per_epoch: the value changes at the start of each epoch instead of at each step.
-        reference_batch_size: ``base`` is multiplied by global batch size / this (the linear rule for learning rates).
+        reference_batch_size: the batch that ``base`` is meant for; another global batch size multiplies it, by ...
+        batch_rule: ... "linear": global batch size / this (DINO); "sqrt": the square root of that (DINOv2).
 
     Raises:
-        ValueError: a warm-up longer than the run, or a wrong duration or batch size.
+        ValueError: a warm-up longer than the run, or a wrong duration, batch size or rule.
     """
+    if batch_rule not in BATCH_RULES:
+        raise ValueError(f"batch_rule ({batch_rule!r}) must be one of {', '.join(BATCH_RULES)}")
     if reference_batch_size is not None:
         if reference_batch_size <= 0:
             raise ValueError(f"reference_batch_size ({reference_batch_size}) must be positive")
-        base = base * timeline.global_batch_size / reference_batch_size
+        if batch_rule == "linear":
+            base = base * timeline.global_batch_size / reference_batch_size
+        else:
+            base = base * math.sqrt(timeline.global_batch_size / reference_batch_size)
+    elif batch_rule != "linear":
+        raise ValueError(f"batch_rule ({batch_rule}) needs a reference_batch_size, the batch that base is meant for")
     clock = timeline.by_epoch if per_epoch else timeline
     # Through steps, because "500it" and "5%" are not whole epochs.
     warmup_length = timeline.steps(warmup)

@@ -44,3 +44,12 @@ def test_knn() -> None:
     lines = output.splitlines()
     assert lines[0] == "1 threads, 1 passes of each side; ms for a test image"
     assert [line.split()[:2] for line in lines[2:]] == [["small", "500"], ["base", "500"]]
+
+
+def test_crops() -> None:
+    command = [sys.executable, str(BENCHMARKS / "crops.py"), "--models", "demo", "--batch-size", "1", "--repeats", "1"]
+    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    products = {line[2:44].strip(): int(line[44:50]) for line in output.splitlines() if line.startswith("  ")}
+    assert products["[CLS], each view by itself"] > products["[CLS], by size"]
+    assert products["all tokens, by size"] > products["all tokens, packed"]
+    assert "rate 0.4, on subsets" in products

@@ -56,7 +56,7 @@ def images(tmp_path_factory):
 
 
 def parts():
-    backbone = functools.partial(VisionTransformer, 16, 8, 3, 12, 2, 2)
+    backbone = functools.partial(VisionTransformer, 16, 8, 3, 12, 2, 2, mask_token=True)
     return {"backbone": backbone, "head": functools.partial(DINOHead, out_dim=10, hidden_dim=8, bottleneck_dim=6)}
 
 
@@ -67,6 +67,7 @@ def batch():
         **crops,
         "image": paddle.randn([2, 3, 16, 16]),
         "label": paddle.to_tensor([0, 2]),
+        "masks": paddle.to_tensor(np.arange(16).reshape(4, 4) % 3 == 0),
         "index": paddle.arange(2),
     }
 

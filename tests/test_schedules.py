@@ -64,6 +64,33 @@ def test_learning_rate_follows_the_global_batch():
         cosine(line, 0.0005, reference_batch_size=0)
 
 
+@pytest.mark.parametrize("batch", [64, 1000, 1024, 4096])
+def test_learning_rate_follows_the_square_root_of_the_global_batch(batch):
+    """As DINOv2 has it: 0.004 * sqrt(batch / 1024), with its warm-up and end."""
+    line = Timeline(100, 10, global_batch_size=batch)
+    schedule = cosine(line, 0.004, 1e-6, warmup="10it", reference_batch_size=1024, batch_rule="sqrt")
+    peak = 0.004 * np.sqrt(batch / 1024)
+    cosine_part = 1e-6 + 0.5 * (peak - 1e-6) * (1 + np.cos(np.pi * np.arange(90) / 90))
+    expected = np.concatenate([np.linspace(0, peak, 10), cosine_part])
+    np.testing.assert_allclose([schedule(step) for step in range(100)], expected, rtol=1e-12)
+
+
+def test_wrong_batch_rules():
+    with pytest.raises(ValueError, match=r"batch_rule \('root'\) must be one of linear, sqrt"):
+        cosine(Timeline(10, 5), 0.1, reference_batch_size=256, batch_rule="root")
+    with pytest.raises(ValueError, match=r"batch_rule \(sqrt\) needs a reference_batch_size"):
+        cosine(Timeline(10, 5), 0.1, batch_rule="sqrt")
+
+
+@pytest.mark.smoke
+def test_teacher_temperatures_of_dinov2_change_with_each_step():
+    """0.04 to 0.07 in a line over 30 epochs, both ends included, then constant."""
+    line = Timeline(100 * 7, 7)
+    schedule = cosine(line, 0.07, 0.07, warmup="30ep", warmup_start=0.04)
+    expected = np.concatenate([np.linspace(0.04, 0.07, 30 * 7), np.full(70 * 7, 0.07)])
+    np.testing.assert_allclose([schedule(step) for step in range(line.total_steps)], expected, rtol=1e-12)
+
+
 @pytest.mark.parametrize("per_epoch", [False, True])
 @pytest.mark.parametrize(
     ("warmup", "text"),

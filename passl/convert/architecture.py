@@ -211,6 +211,8 @@ def _vit(shapes: Shapes, arguments: dict[str, Any]) -> Architecture:
         extra.update(layer_scale=1.0, ffn="swiglu" if is_swiglu else "mlp", mask_token="mask_token" in shapes)
         if "register_tokens" in shapes:
             extra["pos_embed_mode"] = "antialias"  # as the registered ones
+    elif "mask_token" in shapes:
+        extra["mask_token"] = True
     else:
         name = _VITS.get((width, found["depth"], found.get("num_heads")))
         if name and len(found) == 3 and set(arguments) <= set(inspect.signature(BACKBONES.get(name)).parameters):

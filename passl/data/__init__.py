@@ -3,6 +3,6 @@
 Importing this package registers the data sets and transforms; it does not import Paddle.
 """
 
-from passl.data import datasets, erasing, multi_crop, region_features, tar_dataset, transforms
+from passl.data import datasets, erasing, masks, multi_crop, region_features, tar_dataset, transforms
 
-__all__ = ["datasets", "erasing", "multi_crop", "region_features", "tar_dataset", "transforms"]
+__all__ = ["datasets", "erasing", "masks", "multi_crop", "region_features", "tar_dataset", "transforms"]

@@ -14,6 +14,11 @@ from passl.data.samples import Samples
 
 VIEW_KEYS = ("global_crops", "local_crops")
 
+# Takes the arrays of a collated batch and a generator, and returns the batch's arrays.
+BatchTransform = Callable[[dict[str, Any], np.random.Generator], dict[str, Any]]
+
+_BATCH = 0x62746368  # after seed, epoch and first sample, so that no sample has the same generator
+
 
 class SampleError(RuntimeError):
     """The `__cause__` of an exception from a data set or transform: says which sample was being loaded."""
@@ -32,6 +37,7 @@ def load_batch(
     batch: Sequence[tuple[int, int]],
     seed: int,
     entering: Optional[Callable[[int, int], None]] = None,
+    batch_transform: Optional[BatchTransform] = None,
 ) -> LoadedBatch:
     """Load and collate the samples (epoch, index) of `batch`, each with `default_rng([seed, epoch, index])`.
 
@@ -40,6 +46,11 @@ def load_batch(
 
     Args:
         entering: called with (epoch, index) before each sample.
+        batch_transform: called with the arrays and a generator of the batch's own, which the seed and the batch's first
+            sample give.
+
+    Raises:
+        TypeError, ValueError: the batch transform returned no batch.
     """
     samples: list[dict[str, Any]] = []
     bad_samples: list[tuple[str, str]] = []
@@ -55,7 +66,31 @@ def load_batch(
         if sample is None:
             return LoadedBatch(None, bad_samples)
         samples.append(sample)
-    return LoadedBatch(collate(samples, memory), bad_samples)
+    arrays = collate(samples, memory)
+    if batch_transform is not None:
+        arrays = _transformed(arrays, batch_transform, np.random.default_rng([seed, *batch[0], _BATCH]), batch[0])
+    return LoadedBatch(arrays, bad_samples)
+
+
+def _transformed(
+    arrays: dict[str, Any], transform: BatchTransform, rng: np.random.Generator, first: tuple[int, int]
+) -> dict[str, Any]:
+    name = type(transform).__name__
+    size = len(arrays["index"])
+    try:
+        arrays = transform(arrays, rng)
+        if not isinstance(arrays, dict) or "index" not in arrays:
+            raise TypeError(f"the batch transform {name} must return the batch, a dict of arrays with 'index'")
+        for key, value in arrays.items():
+            if np.ndim(value) == 0 or len(value) % size or len(arrays["index"]) != size:
+                raise ValueError(
+                    f"the batch transform {name} returned '{key}' with shape {list(np.shape(value))}: of {size} "
+                    f"samples it must have {size} rows, or {size} for each view"
+                )
+    except Exception as error:
+        epoch, index = first
+        raise error from SampleError(f"in the batch whose first sample is {index}, in epoch {epoch}")
+    return arrays
 
 
 def _sample_or_replacement(

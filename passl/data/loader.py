@@ -1,11 +1,13 @@
 """Batches for training and evaluation: which samples, in which order, drawn how, loaded by whom.
 
 The order of an epoch is drawn by `default_rng([seed, epoch])`, a sample's augmentation by `default_rng([seed, epoch,
-index])`: batches do not depend on the number of workers, and a run can continue at any step.
+index])`, what is done with a whole batch by its first sample's epoch and index: batches do not depend on the number of
+workers, and a run can continue at any step.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
 import math
@@ -15,7 +17,7 @@ from typing import Any, Optional
 
 import numpy as np
 
-from passl.data.batches import LoadedBatch, load_batch
+from passl.data.batches import BatchTransform, LoadedBatch, load_batch
 from passl.data.samples import Samples
 
 logger = logging.getLogger("passl")
@@ -141,6 +143,8 @@ class Loader:
             no workers.
         prefetch_factor: batches that each worker prepares in advance.
         use_shared_memory: False sends batches through pipes, which is slower, for machines with a small /dev/shm.
+        batch_transform: called with the numpy arrays of each batch and a generator; returns the batch's arrays, which
+            keep their samples and "index".
     """
 
     def __init__(
@@ -151,6 +155,7 @@ class Loader:
         seed: int = 0,
         prefetch_factor: int = 2,
         use_shared_memory: bool = True,
+        batch_transform: Optional[BatchTransform] = None,
     ) -> None:
         if num_workers < 0 or prefetch_factor < 1:
             raise ValueError(
@@ -162,6 +167,7 @@ class Loader:
         self.seed = seed
         self.prefetch_factor = prefetch_factor
         self.use_shared_memory = use_shared_memory
+        self.batch_transform = batch_transform
         self._reason_of_bad_path: dict[str, str] = {}
         self._unshared: list[tuple[str, str]] = []
 
@@ -216,14 +222,13 @@ class Loader:
             yield loaded.arrays
 
     def _loaded(self, batches: Iterator[list[tuple[int, int]]]) -> Iterator[LoadedBatch]:
+        load = functools.partial(load_batch, self.dataset, seed=self.seed, batch_transform=self.batch_transform)
         if self.num_workers == 0 or not sys.platform.startswith("linux"):
-            return (load_batch(self.dataset, batch, self.seed) for batch in batches)
+            return map(load, batches)
         # Imported here: it imports Paddle, which this package otherwise does without.
         from passl.data import workers
 
-        return workers.load(
-            self.dataset, batches, self.seed, self.num_workers, self.prefetch_factor, self.use_shared_memory
-        )
+        return workers.load(self.dataset, load, batches, self.num_workers, self.prefetch_factor, self.use_shared_memory)
 
     def _note_bad_samples(self, loaded: LoadedBatch) -> None:
         self._unshared += self._note(loaded.bad_samples)

@@ -22,13 +22,13 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import paddle
 
-from passl.data.batches import LoadedBatch, SampleError, load_batch
+from passl.data.batches import LoadedBatch, SampleError
 from passl.data.samples import Samples
 from passl.processes import end_with
 
@@ -58,13 +58,15 @@ class WorkerDiedError(RuntimeError):
 
 def load(
     dataset: Samples,
+    load_batch: Callable[..., LoadedBatch],
     batches: Iterator[list[tuple[int, int]]],
-    seed: int,
     num_workers: int,
     prefetch_factor: int,
     use_shared_memory: bool,
 ) -> Iterator[LoadedBatch]:
     """`load_batch` of each of `batches`, in order, by `num_workers` processes; arrays become Paddle tensors.
+
+    load_batch: that of `passl.data.batches` with all arguments but the batch and `entering`.
 
     The processes start at the first batch and stay until the last. At most `num_workers * prefetch_factor` batches
     are being made or waiting, beside the one that was yielded last. However it ends, no process and nothing in
@@ -76,7 +78,7 @@ def load(
     """
     progress = _Progress(num_workers)
     loader = paddle.io.DataLoader(
-        _Batches(dataset, seed, progress),
+        _Batches(load_batch, progress),
         batch_sampler=_OneByOne(batches),
         collate_fn=_only,
         num_workers=num_workers,
@@ -235,9 +237,8 @@ class _Progress:
 class _Batches:
     """What the workers index: a whole batch is one item, so that exceptions are caught in one place."""
 
-    def __init__(self, dataset: Samples, seed: int, progress: _Progress) -> None:
-        self.dataset = dataset
-        self.seed = seed
+    def __init__(self, load_batch: Callable[..., LoadedBatch], progress: _Progress) -> None:
+        self.load_batch = load_batch
         self.progress = progress
 
     def __getitem__(self, batch: list[tuple[int, int]]) -> dict[str, Any]:
@@ -245,7 +246,7 @@ class _Batches:
             time.sleep(1)  # until the process is gone: nothing more is to be shared
         _use_one_thread_of_opencv()
         try:
-            loaded = load_batch(self.dataset, batch, self.seed, entering=self.progress.entering)
+            loaded = self.load_batch(batch, entering=self.progress.entering)
         except Exception as error:
             return _result(None, [], (_picklable(error), traceback.format_exc()))
         self.progress.leaving()

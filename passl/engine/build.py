@@ -35,7 +35,7 @@ from passl.engine.sharding import ShardedOptimizer
 from passl.evaluators import Classification, Evaluator
 from passl.evaluators.evaluator import backbones_of
 from passl.models.method import Method
-from passl.registry import DATASETS, EVALUATORS, OPTIMIZERS, SCHEDULES, SLOTS, Registry
+from passl.registry import BATCH_TRANSFORMS, DATASETS, EVALUATORS, OPTIMIZERS, SCHEDULES, SLOTS, Registry
 from passl.schedules import Schedule, Timeline
 
 logger = logging.getLogger("passl")
@@ -160,8 +160,19 @@ def train_loader(config: Config, seed: int) -> Loader:
     except ValueError as error:
         raise ConfigError([f"DataLoader.Train.sampler: {error}"]) from error
     dataset.pool = sampler.subset
+    spec, batch_transform = section.get("batch_transform"), None
+    if spec:
+        batch_transform = component(spec, BATCH_TRANSFORMS, "DataLoader.Train.batch_transform")
     try:
-        return Loader(dataset, sampler, loading.num_workers, seed, loading.prefetch_factor, loading.use_shared_memory)
+        return Loader(
+            dataset,
+            sampler,
+            loading.num_workers,
+            seed,
+            loading.prefetch_factor,
+            loading.use_shared_memory,
+            batch_transform,
+        )
     except ValueError as error:
         raise ConfigError([f"DataLoader.Train.loader: {error}"]) from error
 

@@ -23,7 +23,7 @@ from passl.data.raw_images import is_eight_bit
 from passl.data.samples import ImageSamples
 from passl.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from passl.engine.settings import MODELS, DataSettings, GlobalSettings
-from passl.registry import DATASETS, EVALUATORS, SLOTS, TRANSFORMS, Registry
+from passl.registry import BATCH_TRANSFORMS, DATASETS, EVALUATORS, SLOTS, TRANSFORMS, Registry
 
 logger = logging.getLogger("passl")
 
@@ -143,7 +143,11 @@ class _Filling:
     def _loader(self, section: Any, where: str) -> Any:
         if not section:
             return section
-        return {**section, "dataset": self.component(section["dataset"], DATASETS, f"{where}.dataset")}
+        filled = dict(section)
+        for key, registry in (("dataset", DATASETS), ("batch_transform", BATCH_TRANSFORMS)):
+            if section.get(key):
+                filled[key] = self.component(section[key], registry, f"{where}.{key}")
+        return filled
 
     def component(self, spec: Mapping[str, Any], registry: Registry, where: str) -> dict[str, Any]:
         name, arguments = component_parts(spec)
@@ -166,7 +170,7 @@ class _Filling:
 
     def _values(self, registry: Registry, parameters: Mapping[str, inspect.Parameter]) -> dict[str, Any]:
         """What the section says to a component with these parameters."""
-        if registry in (TRANSFORMS, EVALUATORS):
+        if registry in (TRANSFORMS, BATCH_TRANSFORMS, EVALUATORS):
             # Elsewhere `mean` may be one number, that of a noise.
             is_per_channel = all(
                 name in parameters and isinstance(parameters[name].default, (tuple, list)) for name in ("mean", "std")

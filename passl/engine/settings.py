@@ -14,7 +14,7 @@ from passl.engine.guard import Guard
 from passl.engine.non_finite import NonFinite
 from passl.engine.precision import DTYPES, LEVELS, GradScalerSettings
 from passl.exported import require
-from passl.registry import BACKBONES, DATASETS, EVALUATORS, METHODS, OPTIMIZERS, SCHEDULES, Registry
+from passl.registry import BACKBONES, BATCH_TRANSFORMS, DATASETS, EVALUATORS, METHODS, OPTIMIZERS, SCHEDULES, Registry
 
 _MODULES = {"tsne": "sklearn", "umap": "umap"}
 
@@ -170,8 +170,12 @@ class DistributedSettings:
 MODELS = Registry.union("model", METHODS, BACKBONES)
 
 
-def _data(required: bool) -> Any:
-    section = {"dataset": Required(DATASETS), "sampler": Required(SamplerSettings), "loader": LoaderSettings}
+def _data() -> dict[str, Any]:
+    return {"dataset": Required(DATASETS), "sampler": Required(SamplerSettings), "loader": LoaderSettings}
+
+
+def _train_data(required: bool) -> Any:
+    section = {**_data(), "batch_transform": BATCH_TRANSFORMS}
     return Required(section) if required else section
 
 
@@ -186,7 +190,7 @@ def schema(training: bool) -> dict[str, Any]:
         "Model": Required(METHODS if training else MODELS),
         "Schedules": need({"lr": need(Component(SCHEDULES, ("timeline",))), "*": Component(SCHEDULES, ("timeline",))}),
         "Optimizer": need(Component(OPTIMIZERS, ("groups",))),
-        "DataLoader": need({"Train": _data(training), "Eval": _data(False)}),
+        "DataLoader": need({"Train": _train_data(training), "Eval": _data()}),
         "Evaluators": [EVALUATORS],
         "Export": {"export_type": Literal["paddle", "onnx"], "input_shape": list},
     }

@@ -67,7 +67,7 @@ def patch_embed(images: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 def attention(query: Tensor, key: Tensor, value: Tensor, mask: Optional[Tensor] = None) -> Tensor:
     """softmax(query . key / sqrt(d)) of value; each [B, N, heads, d] -> [B, N, heads, d]; mask: as below"""
-    if mask is None and _has_flash_attention(query):
+    if mask is None and has_flash_attention(query):
         return F.scaled_dot_product_attention(query, key, value)
     mixed = paddle.matmul(attention_weights(query, key, mask), value.transpose([0, 2, 1, 3]))
     return mixed.transpose([0, 2, 1, 3])
@@ -88,7 +88,7 @@ def attention_weights(query: Tensor, key: Tensor, mask: Optional[Tensor] = None)
     return F.softmax(scores, axis=-1)
 
 
-def _has_flash_attention(x: Tensor) -> bool:
+def has_flash_attention(x: Tensor) -> bool:
     """Half precision on a GPU that has the kernels (compute capability 8 or more)."""
     if not paddle.in_dynamic_mode() or not x.place.is_gpu_place():
         return False

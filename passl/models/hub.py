@@ -22,6 +22,7 @@ from passl.registry import BACKBONES
 
 _CACHE = "~/.cache/passl/hub"
 _DINO = "https://dl.fbaipublicfiles.com/dino/{0}/{0}.pth"
+_DINOV2 = "https://dl.fbaipublicfiles.com/dinov2/{0}/{0}{1}_pretrain.pth"
 
 PathLike = Union[str, Path]
 
@@ -92,6 +93,29 @@ OFFICIAL = {
         "XCiT-M24/8 (D = 512, 84 M parameters; official k-NN 77.9 %, linear 80.3 %)",
     ),
 }
+
+
+def _dinov2(letter: str, size: str, what: str, figures: list[tuple[float, float]]) -> dict[str, Official]:
+    """Without and with registers; figures: k-NN and linear of the two."""
+    name = f"dinov2_vit{letter.lower()}14"
+    models = {}
+    for registers, (knn, linear) in zip((0, 4), figures):
+        suffix, title = ("_reg", " with registers") if registers else ("", "")
+        models[name + suffix] = Official(
+            f"dinov2_vit_{size}",
+            {"num_register_tokens": registers} if registers else {},
+            _DINOV2.format(name, "_reg4" if registers else ""),
+            f"DINOv2 ViT-{letter}/14{title} ({what} M parameters; official k-NN {knn} %, linear {linear} %)",
+        )
+    return models
+
+
+OFFICIAL.update(
+    **_dinov2("S", "small", "D = 384, 22", [(79.0, 81.1), (79.1, 80.9)]),
+    **_dinov2("B", "base", "D = 768, 87", [(82.1, 84.5), (82.0, 84.6)]),
+    **_dinov2("L", "large", "D = 1024, 304", [(83.5, 86.3), (83.8, 86.7)]),
+    **_dinov2("g", "giant", "D = 1536, 1136", [(83.5, 86.5), (83.7, 87.1)]),
+)
 
 
 def _load(name: str, pretrained: Union[bool, PathLike], checkpoint_key: str, cache_dir: Optional[PathLike]) -> nn.Layer:
@@ -177,3 +201,11 @@ dino_xcit_small_12_p16 = _model("dino_xcit_small_12_p16")
 dino_xcit_small_12_p8 = _model("dino_xcit_small_12_p8")
 dino_xcit_medium_24_p16 = _model("dino_xcit_medium_24_p16")
 dino_xcit_medium_24_p8 = _model("dino_xcit_medium_24_p8")
+dinov2_vits14 = _model("dinov2_vits14")
+dinov2_vitb14 = _model("dinov2_vitb14")
+dinov2_vitl14 = _model("dinov2_vitl14")
+dinov2_vitg14 = _model("dinov2_vitg14")
+dinov2_vits14_reg = _model("dinov2_vits14_reg")
+dinov2_vitb14_reg = _model("dinov2_vitb14_reg")
+dinov2_vitl14_reg = _model("dinov2_vitl14_reg")
+dinov2_vitg14_reg = _model("dinov2_vitg14_reg")

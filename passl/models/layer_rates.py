@@ -15,6 +15,11 @@ _BLOCKS = re.compile(r"(blocks|cls_attn_blocks|layer\d+)\.(\d+)\.")
 _LAST = ("norm", "fc_norm", "fc", "head")
 
 
+def has_blocks(backbone: nn.Layer) -> bool:
+    """Whether the layers of ``backbone`` can have rates of their own."""
+    return any(_BLOCKS.match(name) for name, _ in backbone.named_parameters())
+
+
 def layer_numbers(backbone: nn.Layer) -> dict[str, int]:
     """The layer of each parameter of ``backbone`` by name: 0 below its n blocks, 1 to n in them, n + 1 behind them.
 

@@ -81,26 +81,6 @@ class LayerNorm(nn.LayerNorm):
         return functional.layer_norm(x, self.weight, self.bias, self.epsilon)
 
 
-class DropPath(nn.Layer):
-    """Stochastic depth (Huang et al. 2016): drops whole samples of a residual branch in training.
-
-    Kept samples are divided by the probability of keeping. x: [B, ...] -> same shape.
-    """
-
-    def __init__(self, rate: float = 0.0) -> None:
-        super().__init__()
-        if not 0.0 <= rate < 1.0:
-            raise ValueError(f"drop path rate ({rate}) must be in [0, 1)")
-        self.rate = rate
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.rate == 0.0 or not self.training:
-            return x
-        keep = 1.0 - self.rate
-        mask = paddle.bernoulli(paddle.full([x.shape[0]] + [1] * (x.ndim - 1), keep, dtype="float32"))
-        return x * (mask / keep).astype(x.dtype)
-
-
 class Mlp(nn.Layer):
     """Linear, exact (erf) GELU, linear. x: [..., dim] -> [..., dim]."""
 
@@ -297,3 +277,8 @@ def learned_parameters(layer: nn.Layer) -> list[Tensor]:
 def running_statistics(layer: nn.Layer) -> list[Tensor]:
     """What forward passes in training leave behind: statistics of batch norms."""
     return [p for name, p in layer.named_parameters() if name.rpartition(".")[2] in _STATISTICS]
+
+
+def has_hooks(layer: nn.Layer) -> bool:
+    """Whether somebody looks at what passes through a layer, or one below it."""
+    return any(part._forward_pre_hooks or part._forward_post_hooks for part in layer.sublayers(include_self=True))

@@ -8,7 +8,9 @@ from collections.abc import Sequence
 import paddle
 from paddle import Tensor, nn
 
-from passl.models.layers import in_full_precision
+from passl.models import packs
+from passl.models.layers import has_hooks, in_full_precision
+from passl.models.vision_transformer import TokenTransformer
 
 
 class MultiCropNetwork(nn.Layer):
@@ -34,24 +36,20 @@ class MultiCropNetwork(nn.Layer):
             self.backbone.train()
         self.frozen = frozen
 
-    def forward(self, crops: Sequence[Tensor]) -> Tensor:
+    def features(self, crops: Sequence[Tensor]) -> Tensor:
+        """What the backbone makes of all crops: [sum of B_i, D]."""
         with paddle.no_grad() if self.frozen else contextlib.nullcontext():
-            features = [self.backbone(batch) for batch in merge_equal_sizes(crops)]
+            return _features(self.backbone, crops)
+
+    def forward(self, crops: Sequence[Tensor]) -> Tensor:
         # One call for all crops, so that batch norms in the head see them together. In full precision: at half of it
         # the logits of many prototypes overflow, or differ by less than what is left of them.
-        return in_full_precision(self.head, _concat(features))
+        return in_full_precision(self.head, self.features(crops))
 
 
-def merge_equal_sizes(crops: Sequence[Tensor]) -> list[Tensor]:
-    """Concatenates each run of consecutive crops of one size, so that the backbone runs once for each run."""
-    runs: list[list[Tensor]] = []
-    for crop in crops:
-        if runs and runs[-1][0].shape[1:] == crop.shape[1:]:
-            runs[-1].append(crop)
-        else:
-            runs.append([crop])
-    return [_concat(run) for run in runs]
-
-
-def _concat(tensors: list[Tensor]) -> Tensor:
-    return tensors[0] if len(tensors) == 1 else paddle.concat(tensors)
+def _features(backbone: nn.Layer, crops: Sequence[Tensor]) -> Tensor:
+    """[sum of B_i, D], as `backbone` gives them, which is called once for each run of crops of one size."""
+    # Hooks see what they see elsewhere, and a forward of somebody's own has the last word.
+    if getattr(backbone.forward, "__func__", None) is TokenTransformer.forward and not has_hooks(backbone):
+        return backbone.cls_of_crops(crops)
+    return packs.concat([backbone(packs.concat(run)) for run in packs.runs_of_equal_sizes(crops)])

@@ -1,4 +1,4 @@
-"""What one step of DINO tells about itself: numbers in which a collapse shows long before an evaluation does."""
+"""What one step of DINO or DINOv2 tells about itself: in these numbers a collapse shows long before evaluations do."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ import paddle
 from paddle import Tensor, nn
 
 from passl import distributed
+from passl.models.centering import sinkhorn_knopp
 from passl.models.dino_loss import DINOLoss
 from passl.models.functional import normalize, sum_columns, sum_rows
 
+_SMALLEST = 1e-37  # probability with a logarithm; p ln p is 0 long before
 _MAX_FEATURES = 512  # rows in the effective rank, whose cost grows with their cube
 
 
@@ -25,6 +27,8 @@ class Observation:
     def __init__(self, student: nn.Layer, teacher: nn.Layer, dino_loss: DINOLoss) -> None:
         self._center = dino_loss.center
         self._student_temp = dino_loss.student_temp
+        self._centering = dino_loss.centering
+        self._seen: dict[str, Tensor] = {}
         self._features: dict[str, Tensor] = {}
         self._logits: Optional[tuple[Tensor, Tensor]] = None
         self._used_center: Optional[Tensor] = None
@@ -36,10 +40,11 @@ class Observation:
         ]
 
     def _keep_features(self, whose: str, features: Tensor) -> None:
-        self._features[whose] = features.detach()
+        self._seen[whose] = features.detach()
 
     def _keep_logits(self, student_logits: Tensor, teacher_logits: Tensor, teacher_temp: float) -> None:
         self._logits = student_logits.detach(), teacher_logits.detach()
+        self._features = dict(self._seen)  # what goes through a head later is another loss's
         self._used_center = self._center.clone()  # it moves at the end of the step
         self._teacher_temp = teacher_temp
 
@@ -60,23 +65,20 @@ class Observation:
         """Takes the hooks off the layers and lets go of what they kept."""
         for handle in self._handles:
             handle.remove()
-        self._logits, self._used_center, self._features = None, None, {}
+        self._logits, self._used_center, self._features, self._seen = None, None, {}, {}
 
     def _logit_numbers(self) -> dict[str, float]:
         dtype = self._center.dtype
         student, teacher = self._logits
         rows, out_dim = teacher.shape
-        teacher = (teacher.astype(dtype) - self._used_center) / self._teacher_temp
         student = student[:rows].astype(dtype) / self._student_temp  # the global views
-        teacher_logsum, exponentials = _logsumexp(teacher)
-        probabilities = exponentials / sum_columns(exponentials)
-        entropies = teacher_logsum - sum_columns(probabilities * teacher)
+        probabilities, entropies = self._answers(teacher.astype(dtype))
         # As in the loss, a view of the teacher meets the other view of the student.
         half = rows // 2
         swapped = paddle.concat([probabilities[half:], probabilities[:half]])
         swapped_entropies = paddle.concat([entropies[half:], entropies[:half]])
         divergences = _logsumexp(student)[0] - sum_columns(swapped * student) - swapped_entropies
-        choices = np.bincount(teacher.argmax(-1).numpy(), minlength=out_dim)
+        choices = np.bincount(probabilities.argmax(-1).numpy(), minlength=out_dim)
         sums = [
             sum_rows(probabilities),
             paddle.to_tensor(choices, dtype),
@@ -86,13 +88,25 @@ class Observation:
         total = distributed.all_reduce_sum_(paddle.concat([*sums, paddle.full([1], float(rows), dtype)])).numpy()
         total = total.astype(np.float64)
         count = total[-1]
-        return {
+        numbers = {
             "teacher_entropy": float(total[-3] / count),
             "teacher_mean_entropy": _entropy(total[:out_dim]),
             "student_teacher_kl": max(float(total[-2] / count), 0.0),
             "prototypes_in_use": int((total[out_dim : 2 * out_dim] > 0).sum()),
-            "center_norm": float(np.linalg.norm(self._used_center.numpy().astype(np.float64))),
         }
+        if self._centering == "softmax":
+            numbers["center_norm"] = float(np.linalg.norm(self._used_center.numpy().astype(np.float64)))
+        return numbers
+
+    def _answers(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Those of the teacher, as in the loss, [B, K], and the entropy of each, [B, 1]."""
+        if self._centering == "sinkhorn":
+            answers = sinkhorn_knopp(logits, self._teacher_temp)
+            return answers, -sum_columns(answers * answers.clip(min=_SMALLEST).log())
+        scaled = (logits - self._used_center) / self._teacher_temp
+        logsum, exponentials = _logsumexp(scaled)
+        answers = exponentials / sum_columns(exponentials)
+        return answers, logsum - sum_columns(answers * scaled)
 
     def _feature_numbers(self) -> dict[str, float]:
         rows = self._logits[1].shape[0]

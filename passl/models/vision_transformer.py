@@ -10,109 +10,11 @@ import numpy as np
 import paddle
 from paddle import Tensor, nn
 
-from passl.models import functional
-from passl.models.layers import (
-    INIT_STD,
-    NORMAL_002,
-    ZERO,
-    DropPath,
-    LayerNorm,
-    LayerScale,
-    Linear,
-    Mlp,
-    SwiGLU,
-    check_image_size,
-    check_positive,
-    torch_uniform,
-)
+from passl.models import functional, packs
+from passl.models.blocks import Block, PatchEmbed
+from passl.models.layers import INIT_STD, NORMAL_002, ZERO, LayerNorm, check_positive, has_hooks
 from passl.models.positions import MODES, Mode, resize_matrix, symbolic_resize_matrices
 from passl.registry import BACKBONES
-
-
-class Attention(nn.Layer):
-    """Multi-head self-attention. x: [B, N, D] -> [B, N, D]. mask: [B, N], 0 for tokens that get no attention."""
-
-    def __init__(self, dim: int, num_heads: int, qkv_bias: bool = True, init_std: float = INIT_STD) -> None:
-        super().__init__()
-        if dim % num_heads:
-            raise ValueError(f"embed_dim ({dim}) must be a multiple of num_heads ({num_heads})")
-        self.num_heads = num_heads
-        self.qkv = Linear(dim, 3 * dim, bias=qkv_bias, init_std=init_std)
-        self.proj = Linear(dim, dim, init_std=init_std)
-
-    def query_key_value(self, x: Tensor) -> list[Tensor]:
-        """[B, N, D] -> three of [B, N, heads, D/heads]"""
-        shape = [-1, x.shape[1], self.num_heads, x.shape[2] // self.num_heads]
-        return [part.reshape(shape) for part in self.qkv(x).split(3, axis=-1)]
-
-    def weights(self, x: Tensor, mask: Optional[Tensor] = None) -> Tensor:
-        """The attention weights alone: [B, N, D] -> [B, heads, N, N]."""
-        query, key, _ = self.query_key_value(x)
-        return functional.attention_weights(query, key, mask)
-
-    def cls_weights(self, x: Tensor) -> Tensor:
-        """What the first token attends to, without the N x N weights of all: [B, N, D] -> [B, heads, N]."""
-        query, key, _ = self.query_key_value(x)
-        return functional.attention_weights(query[:, :1], key).squeeze(2)
-
-    def forward(self, x: Tensor, mask: Optional[Tensor] = None) -> Tensor:
-        return self.proj(functional.attention(*self.query_key_value(x), mask).reshape(x.shape))
-
-
-class Block(nn.Layer):
-    """Pre-norm transformer block. x: [B, N, D] -> [B, N, D]. mask: [B, N], 0 for tokens that get no attention.
-
-    layer_scale: first value of the factors on both branches; None for no factors.
-    ffn: "swiglu" is narrower than "mlp" by 2/3 (rounded up to a multiple of 8), for about as many weights.
-    """
-
-    def __init__(
-        self,
-        dim: int,
-        num_heads: int,
-        mlp_ratio: float = 4.0,
-        qkv_bias: bool = True,
-        drop_path_rate: float = 0.0,
-        epsilon: float = 1e-6,
-        init_std: float = INIT_STD,
-        layer_scale: Optional[float] = None,
-        ffn: Literal["mlp", "swiglu"] = "mlp",
-    ) -> None:
-        super().__init__()
-        if ffn not in ("mlp", "swiglu"):
-            raise ValueError(f"ffn ({ffn!r}) must be 'mlp' or 'swiglu'")
-        self.norm1 = LayerNorm(dim, epsilon=epsilon)
-        self.attn = Attention(dim, num_heads, qkv_bias, init_std)
-        self.ls1 = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale)
-        self.norm2 = LayerNorm(dim, epsilon=epsilon)
-        hidden_dim = int(dim * mlp_ratio)
-        if ffn == "mlp":
-            self.mlp = Mlp(dim, hidden_dim, init_std)
-        else:
-            self.mlp = SwiGLU(dim, (int(hidden_dim * 2 / 3) + 7) // 8 * 8, init_std)
-        self.ls2 = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale)
-        self.drop_path = DropPath(drop_path_rate)
-
-    def forward(self, x: Tensor, mask: Optional[Tensor] = None) -> Tensor:
-        x = x + self.drop_path(self.ls1(self.attn(self.norm1(x), mask)))
-        return x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))
-
-
-class PatchEmbed(nn.Layer):
-    """Cuts an image into patches and projects each. [B, C, H, W] -> [B, H/P * W/P, D], row by row."""
-
-    def __init__(self, patch_size: int, in_chans: int, embed_dim: int) -> None:
-        super().__init__()
-        self.patch_size = patch_size
-        # The official code leaves this one layer at PyTorch's default.
-        uniform = torch_uniform(in_chans * patch_size * patch_size)
-        self.proj = nn.Conv2D(
-            in_chans, embed_dim, patch_size, stride=patch_size, weight_attr=uniform, bias_attr=uniform
-        )
-
-    def forward(self, images: Tensor) -> Tensor:
-        check_image_size(*images.shape[-2:], self.patch_size)
-        return functional.patch_embed(images, self.proj.weight, self.proj.bias)
 
 
 class TokenTransformer(nn.Layer):
@@ -138,6 +40,7 @@ class TokenTransformer(nn.Layer):
         grid_size: int,
         pos_embed_mode: str,
         num_register_tokens: int = 0,
+        drop_path_uniform: bool = False,
     ) -> None:
         """Everything behind the embedding. Not the constructor: in the official order of names that comes later."""
         check_positive(depth=depth, grid_size=grid_size)
@@ -156,7 +59,8 @@ class TokenTransformer(nn.Layer):
             shape = [1, num_register_tokens, embed_dim]
             # Not zeros: equal tokens would stay equal.
             self.register_tokens = self.create_parameter(shape, default_initializer=nn.initializer.Normal(std=1e-6))
-        rates = np.linspace(0.0, drop_path_rate, depth).tolist()
+        first_rate = drop_path_rate if drop_path_uniform else 0.0
+        rates = np.linspace(first_rate, drop_path_rate, depth).tolist()
         self.blocks = nn.LayerList([block(drop_path_rate=rate) for rate in rates])
         self.norm = LayerNorm(embed_dim, epsilon=epsilon)
 
@@ -168,19 +72,56 @@ class TokenTransformer(nn.Layer):
         return self.norm(x[:, 0])
 
     def forward_crops(
-        self, crops: Sequence[Tensor], masks: Optional[Sequence[Optional[Tensor]]] = None
+        self,
+        crops: Sequence[Tensor],
+        masks: Optional[Sequence[Optional[Tensor]]] = None,
+        packed: Optional[bool] = None,
     ) -> list[Tensor]:
         """All normalised tokens of batches of crops of different sizes: each [B_i, C, H_i, W_i] -> [B_i, T_i, D].
 
         masks: for each batch None, or bool [B_i, N_i]: where it is true the mask token stands in for the patch.
+        packed: see `_through_blocks`.
         """
-        outputs = []
-        for crop, mask in zip(crops, masks or [None] * len(crops)):
-            x = self.prepare_tokens(crop, mask)
-            for block in self.blocks:
-                x = block(x)
-            outputs.append(self.norm(x))
-        return outputs
+        masks = [None] * len(crops) if masks is None else masks
+        if len(masks) != len(crops):
+            raise ValueError(
+                f"masks ({len(masks)}) must be as many as crops ({len(crops)}), None where nothing is hidden"
+            )
+        tokens = [self.prepare_tokens(crop, mask) for crop, mask in zip(crops, masks)]
+        runs = packs.runs_of_equal_sizes(tokens)
+        outputs = self._through_blocks([packs.concat(run) for run in runs], packed)
+        return [part for x, run in zip(outputs, runs) for part in packs.split(x, [len(batch) for batch in run])]
+
+    def cls_of_crops(self, crops: Sequence[Tensor], packed: Optional[bool] = None) -> Tensor:
+        """`forward` of batches of crops of different sizes, in one: each [B_i, C, H_i, W_i] -> [sum of B_i, D].
+
+        packed: see `_through_blocks`.
+        """
+        tokens = [self.prepare_tokens(packs.concat(run)) for run in packs.runs_of_equal_sizes(crops)]
+        return packs.concat([x.squeeze(1) for x in self._through_blocks(tokens, packed, cls_only=True)])
+
+    def _through_blocks(
+        self, batches: Sequence[Tensor], packed: Optional[bool], cls_only: bool = False
+    ) -> list[Tensor]:
+        """Tokens of batches of different sizes [B_i, T_i, D] behind the blocks and the final norm.
+
+        packed: whether the blocks run once for all, over a pack, not once for each batch. None: on a GPU, unless there
+        are hooks in the blocks, which see batches.
+        cls_only: the last block computes the first token of each sequence alone: [B_i, 1, D].
+        """
+        if packed is None:
+            on_gpu = bool(batches) and paddle.in_dynamic_mode() and batches[0].place.is_gpu_place()
+            packed = on_gpu and not has_hooks(self.blocks)
+        if not packed or len(batches) < 2:
+            return [self.norm(self._last_tokens(x, None, cls_only)) for x in batches]
+        x, sizes = packs.pack(batches)
+        x = self.norm(self._last_tokens(x, sizes, cls_only))
+        return packs.unpack(x, tuple((sequences, 1) for sequences, _ in sizes) if cls_only else sizes)
+
+    def _last_tokens(self, x: Tensor, sizes: Optional[packs.Sizes], cls_only: bool) -> Tensor:
+        for block in self.blocks[:-1]:
+            x = block(x, None, sizes)
+        return self.blocks[-1](x, None, sizes, cls_only)
 
     def get_intermediate_layers(self, images: Tensor, n: int = 1, mask: Optional[Tensor] = None) -> list[Tensor]:
         """The normalised tokens [B, 1+N, D] after each of the last n blocks, the earliest first; without registers."""
@@ -270,6 +211,9 @@ class VisionTransformer(TokenTransformer):
     layer_scale, ffn: see Block.
     mask_token: whether there is a token to stand for hidden patches, which DINOv2's files have. Nothing here uses it,
     so it is frozen; a method that hides patches has to make it trainable.
+    drop_path_rate: stochastic depth of the last block; the others' rates rise to it from 0.
+    drop_path_uniform: all blocks have the rate of the last.
+    drop_path_subset: the samples that are dropped are not computed, see SubsetDropPath; the official way of DINOv2.
     """
 
     def __init__(
@@ -290,6 +234,8 @@ class VisionTransformer(TokenTransformer):
         layer_scale: Optional[float] = None,
         ffn: Literal["mlp", "swiglu"] = "mlp",
         mask_token: bool = False,
+        drop_path_uniform: bool = False,
+        drop_path_subset: bool = False,
     ) -> None:
         super().__init__()
         check_positive(patch_size=patch_size, in_chans=in_chans, embed_dim=embed_dim, num_heads=num_heads)
@@ -307,9 +253,19 @@ class VisionTransformer(TokenTransformer):
             init_std=init_std,
             layer_scale=layer_scale,
             ffn=ffn,
+            drop_path_subset=drop_path_subset,
         )
-        grid_size = img_size // patch_size
-        self._build(block, embed_dim, depth, drop_path_rate, epsilon, grid_size, pos_embed_mode, num_register_tokens)
+        self._build(
+            block,
+            embed_dim,
+            depth,
+            drop_path_rate,
+            epsilon,
+            img_size // patch_size,
+            pos_embed_mode,
+            num_register_tokens,
+            drop_path_uniform,
+        )
         self.mask_token = None
         if mask_token:
             frozen = paddle.ParamAttr(trainable=False)

@@ -15,7 +15,6 @@ from passl.models.layers import (
     NORMAL_002,
     ONE,
     BatchNorm2D,
-    DropPath,
     LayerNorm,
     Linear,
     Mlp,
@@ -23,6 +22,7 @@ from passl.models.layers import (
     check_positive,
     torch_uniform,
 )
+from passl.models.stochastic_depth import DropPath
 from passl.registry import BACKBONES
 
 # Halvings of the resolution in the patch embedding.

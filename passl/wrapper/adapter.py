@@ -6,14 +6,15 @@ import contextlib
 import copy
 import logging
 from collections.abc import Iterator, Sequence
-from typing import Any, Callable, Optional
+from typing import Any, Optional
 
 import paddle
 from paddle import Tensor, nn
 
 from passl.models.vision_transformer import TokenTransformer
-from passl.wrapper import taps
+from passl.wrapper import positions, taps
 from passl.wrapper.conf import DINOConf
+from passl.wrapper.reading import Reading
 from passl.wrapper.taps import Tap, Taps
 
 logger = logging.getLogger("passl")
@@ -28,20 +29,18 @@ class Features(nn.Layer):
         embed_dims: the width of each place.
     """
 
-    def __init__(
-        self, model: nn.Layer, where: Taps, preprocess_func: Optional[Callable], embed_dims: Sequence[int]
-    ) -> None:
+    def __init__(self, model: nn.Layer, reading: Reading, embed_dims: Sequence[int]) -> None:
         super().__init__()
         self.model = model
-        self.where = where
-        self.preprocess_func = preprocess_func
+        self.reading = reading
         self.embed_dims = list(embed_dims)
         self.embed_dim = sum(embed_dims)
         self._first: Optional[Tensor] = None
         self._keeps_first = False
 
     def forward(self, images: Tensor) -> Tensor:
-        return self._kept(paddle.concat(vectors(self.model, self.where, self.preprocess_func, images), axis=-1))
+        vectors = self.reading.vectors(self.model, images)
+        return self._kept(vectors[0] if len(vectors) == 1 else paddle.concat(vectors, axis=-1))
 
     def keep_first(self) -> None:
         """Of the coming calls, the output of the first is for :meth:`first`."""
@@ -74,51 +73,6 @@ class TokenFeatures(Features):
         return tokens
 
 
-def vectors(model: nn.Layer, where: Taps, preprocess_func: Optional[Callable], images: Tensor) -> list[Tensor]:
-    """The features [B, D] of each place in ``where``."""
-    found = where.outputs(model, images)
-    names = [tap.name for tap in where.taps] or [None]
-    return [_vector(model, name, output, preprocess_func, images.shape[0]) for name, output in zip(names, found)]
-
-
-def _vector(
-    model: nn.Layer, name: Optional[str], output: Any, preprocess_func: Optional[Callable], rows: int
-) -> Tensor:
-    """[B, D] from [B, D], a map [B, D, H, W] (its mean) or tokens [B, N, D] ([CLS], or the mean if there is none)."""
-    source = f"the sublayer {name!r}" if name else "forward"
-    owner = f"{source} of {type(model).__name__}"
-    if preprocess_func is not None:
-        output, owner = preprocess_func(output), f"preprocess_func of what {owner} gives"
-    if not isinstance(output, Tensor):
-        raise ValueError(
-            f"{owner} is {_described(output)}, not one Tensor of features: set return_layer to the name of a sublayer "
-            "that gives one, or preprocess_func to a function that picks it, such as lambda outputs: outputs[0]"
-        )
-    if output.ndim == 4:
-        output = output.mean([2, 3])
-    elif output.ndim == 3:
-        output = output[:, 0] if has_cls_token(model) else output.mean(1)
-    if output.ndim != 2 or output.shape[0] != rows:
-        raise ValueError(
-            f"{owner} is {output.shape} for {rows} images; features are [B, D], [B, D, H, W] (their mean is taken) or "
-            "[B, N, D] ([CLS] or their mean): set preprocess_func to a function that makes them so"
-        )
-    return output
-
-
-def has_cls_token(model: nn.Layer) -> bool:
-    """Whether the first of the model's tokens stands for the image."""
-    return any(name.rpartition(".")[2] in ("cls_token", "class_token") for name, _ in model.named_parameters())
-
-
-def _described(value: Any) -> str:
-    if isinstance(value, dict):
-        return f"a dict of {', '.join(map(str, value))}"
-    if isinstance(value, (tuple, list)):
-        return f"a {type(value).__name__} of {len(value)}"
-    return f"a {type(value).__name__}"
-
-
 # --- building ---
 
 
@@ -148,15 +102,15 @@ def make_features(model: nn.Layer, conf: DINOConf) -> Features:
         choices = [taps.named(model, several)]
     else:
         choices = taps.candidates(model)
-    where, widths = _first_that_works(model, choices, conf)
+    reading, widths = _first_that_works(model, choices, conf)
     if conf.return_layer is None:
-        _say_where(model, where, sum(widths))
-    if isinstance(model, TokenTransformer) and where.taps == () and conf.preprocess_func is None:
-        return TokenFeatures(model, where, None, widths)
-    return Features(model, where, conf.preprocess_func, widths)
+        _say_where(model, reading.where, sum(widths))
+    if isinstance(model, TokenTransformer) and reading.where.taps == () and conf.preprocess_func is None:
+        return TokenFeatures(model, reading, widths)
+    return Features(model, reading, widths)
 
 
-def _first_that_works(model: nn.Layer, choices: Sequence[tuple[Tap, ...]], conf: DINOConf) -> tuple[Taps, list[int]]:
+def _first_that_works(model: nn.Layer, choices: Sequence[tuple[Tap, ...]], conf: DINOConf) -> tuple[Reading, list[int]]:
     errors = []
     for choice in choices:
         try:
@@ -166,22 +120,17 @@ def _first_that_works(model: nn.Layer, choices: Sequence[tuple[Tap, ...]], conf:
     raise errors[0]
 
 
-def _tried(model: nn.Layer, choice: tuple[Tap, ...], conf: DINOConf) -> tuple[Taps, list[int]]:
-    """Whether the model's forward can be left after the last tap, and the widths of the features."""
+def _tried(model: nn.Layer, choice: tuple[Tap, ...], conf: DINOConf) -> tuple[Reading, list[int]]:
+    """How the features are read, at both sizes, and their widths."""
     sizes = {"global": _pair(conf.global_crop_size)}
     if conf.local_crops_number:
         sizes["local"] = _pair(conf.local_crop_size)
-    where = Taps(choice, stop=False)
+    reading = Reading(Taps(choice, stop=False), conf.preprocess_func)
     found: dict[str, list[int]] = {}
     for kind, size in sizes.items():
         images = paddle.zeros([2, len(conf.mean), *size])
         with trying(model):
-            try:
-                if choice and kind == "global":
-                    where = Taps(choice, stop=_can_stop(model, where, images))
-                found[kind] = [x.shape[1] for x in vectors(model, where, conf.preprocess_func, images)]
-            except Exception as error:
-                raise ValueError(_why_not(model, kind, images, error)) from error
+            reading, found[kind] = _read(model, reading, images, kind, sizes["global"])
     widths = found["global"]
     if found.get("local", widths) != widths:
         raise ValueError(
@@ -189,41 +138,59 @@ def _tried(model: nn.Layer, choice: tuple[Tap, ...], conf: DINOConf) -> tuple[Ta
             f"{found['local']} for local crops {sizes['local']}; they have to be equal: set return_layer to a layer "
             "before the flattening, preprocess_func to a function that pools, or local_crop_size to global_crop_size"
         )
-    return where, widths
+    return reading, widths
 
 
-def _can_stop(model: nn.Layer, where: Taps, images: Tensor) -> bool:
+def _read(
+    model: nn.Layer, reading: Reading, images: Tensor, kind: str, global_size: tuple[int, int]
+) -> tuple[Reading, list[int]]:
+    """The same at one size: as the model is or, if that fails, with its position embeddings resized."""
+    own_size = positions.own_size_of(model) or global_size
+    fixed = positions.fixed_positions(model, own_size) if reading.positions is None else None
+    errors: list[Exception] = []
+    for attempt in [reading] + ([reading._replace(positions=fixed)] if fixed else []):
+        try:
+            if reading.where.taps and kind == "global":
+                attempt = attempt._replace(where=Taps(reading.where.taps, stop=_can_stop(model, attempt, images)))
+            return attempt, [vector.shape[1] for vector in attempt.vectors(model, images)]
+        except Exception as error:
+            errors.append(error)
+    raise ValueError(_why_not(model, kind, images, errors[0], own_size)) from errors[0]
+
+
+def _can_stop(model: nn.Layer, reading: Reading, images: Tensor) -> bool:
     """Whether each tap is passed once, so that nothing is lost by leaving at the last."""
     try:
-        seen, counts = where.run(model, images)
+        seen, counts = reading.run(model, images)
     except Exception:
         # Perhaps what fails lies behind the last tap; if not, it fails again without these taps.
-        where = Taps(where.taps, stop=True)
-        seen, counts = where.run(model, images)
-    return len(seen) == len(where.taps) and set(counts.values()) == {1}
+        seen, counts = reading._replace(where=Taps(reading.where.taps, stop=True)).run(model, images)
+    return len(seen) == len(reading.where.taps) and set(counts.values()) == {1}
 
 
-def _why_not(model: nn.Layer, kind: str, images: Tensor, error: Exception) -> str:
+def _why_not(model: nn.Layer, kind: str, images: Tensor, error: Exception, own_size: tuple[int, int]) -> str:
     name, (_, channels, height, width) = type(model).__name__, images.shape
     reason = " ".join(str(error).split())
     reason = reason if len(reason) <= 600 else f"... {reason[-600:]}"
-    if isinstance(error, ValueError) and not reason.startswith("("):
-        how = reason
-    else:
-        how = f"{type(error).__name__}: {reason}"
+    if not isinstance(error, ValueError) or reason.startswith("("):  # Paddle's own begin with their kind in brackets
+        reason = f"{type(error).__name__}: {reason}"
     if kind == "global":
         advice = (
-            f"global_crop_size says how large crops are, mean and std (here {channels} values) how many channels images "
-            "have"
+            f"global_crop_size says how large crops are, and mean and std (here {channels} values) how many channels "
+            "images have"
         )
+    elif (
+        any("pos" in path for path, _ in model.named_parameters())
+        and positions.fixed_positions(model, own_size) is None
+    ):
+        advice = positions.why_not(model, own_size)
     else:
         advice = (
             "for a model of one image size set local_crop_size to global_crop_size, or local_crops_number=0, or "
             "return_layer to a layer that any size reaches"
         )
-    return (
-        f"{name} was tried with {kind} crops of {height} x {width} px, {channels} channels: {how}. Settings: {advice}"
-    )
+    tried = f"{name} was tried with {kind} crops of {height} x {width} px, {channels} channels"
+    return f"{tried}: {reason.rstrip('.')}. What to set: {advice}"
 
 
 @contextlib.contextmanager

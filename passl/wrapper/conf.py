@@ -78,7 +78,7 @@ class Settings:
     saturation: float = 0.2
     hue: float = 0.1
     gray_prob: float = 0.2
-    blur_radius: Sequence[float] = (0.1, 2.0)
+    blur_radius: Optional[Sequence[float]] = None
     global_blur_probs: Sequence[float] = (1.0, 0.1)
     global_solarize_probs: Sequence[float] = (0.0, 0.2)
     local_blur_prob: float = 0.5
@@ -89,11 +89,11 @@ class Settings:
     return_layer: Union[str, Sequence[str], None] = None
     preprocess_func: Optional[Callable[[Any], Any]] = None
     # head
-    out_dim: int = 4096
-    hidden_dim: int = 1024
-    bottleneck_dim: int = 256
+    out_dim: int = 2048
+    hidden_dim: int = 512
+    bottleneck_dim: int = 128
     num_layers: int = 3
-    use_bn: bool = False
+    use_bn: bool = True
     norm_last_layer: bool = True
     freeze_last_layer: int = 0
     # losses
@@ -226,6 +226,8 @@ def _resolved(given: Mapping[str, Any]) -> dict[str, Any]:
             values[name] = value
             if name == "warmup_teacher_temp_epochs" and rules.is_count(values["epochs"]):
                 values[name] = min(value, values["epochs"])
+    if values["blur_radius"] is None:
+        values["blur_radius"] = rules.blur_radius(values["global_crop_size"])
     return values
 
 

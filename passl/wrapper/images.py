@@ -10,6 +10,7 @@ import paddle
 from paddle import Tensor
 from PIL import Image
 
+from passl.data.batch_views import BatchMultiCrop, checked_images
 from passl.data.batches import VIEW_KEYS, collate
 from passl.data.image_io import to_rgb
 from passl.data.multi_crop import MultiCrop
@@ -26,6 +27,7 @@ class Views:
     def __init__(self, conf: DINOConf) -> None:
         arguments = conf.view_arguments()
         self.crop = MultiCrop(**arguments)
+        self.batch_crop = BatchMultiCrop(**arguments)
         self.normalize = Normalize(conf.mean, conf.std)
         self.channels = len(conf.mean)
         size = conf.global_crop_size
@@ -40,16 +42,17 @@ class Views:
         """
         if isinstance(images, Mapping):
             return _given_views(images)
-        with paddle.amp.auto_cast(enable=False):
-            if isinstance(images, Tensor):
-                return self._crops_of_tensor(self._checked(images), rng)
-            samples = [self.crop(image, rng) for image in self._pictures(images)]
-            return {name: paddle.to_tensor(views) for name, views in collate(samples).items()}
+        if not isinstance(images, Tensor):
+            return self._crops_of(self._pictures(images), rng)
+        images = self._checked(images)
+        if _is_on_cpu(images):  # where many small operations are faster than few large ones
+            arrays = images.numpy().transpose(0, 2, 3, 1)
+            return self._crops_of([self._array(image, index) for index, image in enumerate(arrays)], rng)
+        return self.batch_crop(images, rng)
 
-    def _crops_of_tensor(self, images: Tensor, rng: np.random.Generator) -> dict[str, Tensor]:
-        arrays = images.numpy().transpose(0, 2, 3, 1)
-        samples = [self.crop(image, rng) for image in self._pictures(list(arrays))]
-        return {name: paddle.to_tensor(views) for name, views in collate(samples).items()}
+    def _crops_of(self, pictures: Sequence[Any], rng: np.random.Generator) -> dict[str, Tensor]:
+        views = collate([self.crop(picture, rng) for picture in pictures])
+        return {name: paddle.to_tensor(array) for name, array in views.items()}
 
     @paddle.no_grad()
     def whole(self, images: Images) -> Tensor:
@@ -60,49 +63,35 @@ class Views:
         if isinstance(images, Mapping):
             raise TypeError("mode='val' takes images, not views: a Tensor [B, C, H, W] or a list of pictures")
         if isinstance(images, Tensor):
-            images = self._checked(images)
-            with paddle.amp.auto_cast(enable=False):
-                mean, std = (
-                    paddle.to_tensor(x.reshape(1, -1, 1, 1)) for x in (self.normalize.mean, self.normalize.std)
-                )
-                scale = 255.0 if images.dtype == paddle.uint8 else 1.0
-                return (images.astype("float32") / scale - mean) / std
+            mean, std = (paddle.to_tensor(values) for values in self.normalize.statistics_of(self.channels))
+            return (self._checked(images) - mean) / std
         pictures = self._pictures(images)
         if len({np.shape(picture)[:2] for picture in pictures}) > 1:
             pictures = [self.resize(picture, None) for picture in pictures]
         return paddle.to_tensor(np.stack([self.normalize(ToTensor()(picture)) for picture in pictures]))
 
     def _checked(self, images: Tensor) -> Tensor:
-        """Raises for what is no batch of images with values in [0, 1] or 0 to 255."""
+        """As float32. Raises for what is no batch of images in uint8 or in floats in [0, 1]."""
         if images.ndim != 4:
             raise ValueError(
-                f"images ({images.shape}) must be [B, C, H, W]; of a single image images.unsqueeze(0), and of a stack of "
-                "[B, H, W, C] images.transpose([0, 3, 1, 2])"
+                f"images ({list(images.shape)}) must be [B, C, H, W]; of a single image images.unsqueeze(0), and of a "
+                "stack of [B, H, W, C] images.transpose([0, 3, 1, 2])"
             )
         if images.shape[1] != self.channels:
             hint = ", and these look like [B, H, W, C]: images.transpose([0, 3, 1, 2])"
+            hint = hint if images.shape[3] == self.channels else ""
             raise ValueError(
-                f"images ({images.shape}) have {images.shape[1]} channels, and mean and std {self.channels} values: they "
-                f"must have one for each channel{hint if images.shape[3] == self.channels else ''}"
+                f"images ({list(images.shape)}) have {images.shape[1]} channels, and mean and std {self.channels} "
+                f"values: they must have one for each channel{hint}"
             )
-        if images.shape[0] == 0:
-            raise ValueError("there are no images in the batch")
-        if images.dtype == paddle.uint8:
-            return images
-        if not images.is_floating_point():
-            raise TypeError(f"images must be uint8 (0 to 255) or floats in [0, 1], not {images.dtype}")
-        images = images.astype("float32")
-        low, high = images.min().item(), images.max().item()
-        if not (low >= -_TOLERANCE and high <= 1 + _TOLERANCE):
-            raise ValueError(_wrong_range(low, high))
-        return images
+        return checked_images(images)
 
     def _pictures(self, images: Any) -> list[Union[Image.Image, np.ndarray]]:
         """What MultiCrop opens: Pillow images in RGB, or arrays [H, W, C]."""
         if isinstance(images, np.ndarray):
             raise TypeError(
-                f"images is one array {images.shape}: give paddle.to_tensor(images) if it is [B, C, H, W], or list(images) "
-                "if it is [B, H, W, C]"
+                f"images is one array {images.shape}: give paddle.to_tensor(images) if it is [B, C, H, W], or "
+                "list(images) if it is [B, H, W, C]"
             )
         if not isinstance(images, (list, tuple)) or not images:
             raise TypeError(
@@ -116,7 +105,9 @@ class Views:
             hint = "take the images out of what the data loader gives: images = batch[0]"
             if image.ndim == 3:
                 hint = "make one batch of them: paddle.stack(images)"
-            raise TypeError(f"images is a list of {count}, of which number {index} is a Tensor {image.shape}: {hint}")
+            raise TypeError(
+                f"images is a list of {count}, of which number {index} is a Tensor {list(image.shape)}: {hint}"
+            )
         if isinstance(image, Image.Image):
             if self.channels == 3:
                 return to_rgb(image)
@@ -134,8 +125,8 @@ class Views:
             first = image.ndim == 3 and image.shape[0] == self.channels
             hint = ": these look like [C, H, W], give image.transpose(1, 2, 0)" if first else ""
             raise ValueError(
-                f"image {index} of the list is {list(image.shape)}, and must be [H, W, {self.channels}], because mean and "
-                f"std have {self.channels} values{hint}"
+                f"image {index} of the list is {list(image.shape)}, and must be [H, W, {self.channels}], because mean "
+                f"and std have {self.channels} values{hint}"
             )
         if self.channels == 3 and np.issubdtype(image.dtype, np.floating):
             low, high = float(image.min()), float(image.max())
@@ -146,6 +137,10 @@ class Views:
         if self.channels == 3 and image.dtype != np.uint8:
             raise TypeError(f"image {index} of the list is {image.dtype}: give uint8 (0 to 255) or floats in [0, 1]")
         return image
+
+
+def _is_on_cpu(images: Tensor) -> bool:
+    return images.place.is_cpu_place()
 
 
 def _wrong_range(low: float, high: float) -> str:
@@ -159,7 +154,7 @@ def _given_views(views: Mapping[str, Any]) -> dict[str, Tensor]:
     unknown = [name for name in views if name not in (*VIEW_KEYS, "masks")]
     if unknown or VIEW_KEYS[0] not in views:
         raise ValueError(
-            f"images is a dict of {', '.join(map(str, views)) or 'nothing'}: views are 'global_crops' [2*B, C, H, W] and, "
-            "if any, 'local_crops' [n*B, C, h, w], view by view and normalised"
+            f"images is a dict of {', '.join(map(str, views)) or 'nothing'}: views are 'global_crops' [2*B, C, H, W] "
+            "and, if any, 'local_crops' [n*B, C, h, w], view by view and normalised"
         )
     return {name: view if isinstance(view, Tensor) else paddle.to_tensor(view) for name, view in views.items()}

@@ -34,6 +34,13 @@ def is_number(value: Any) -> bool:
     return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
+def blur_radius(crop_size: Any) -> tuple[float, float]:
+    """The official 0.1 to 2 pixels of crops of 224, and less of smaller ones, of which as much would leave little."""
+    sides = crop_size if isinstance(crop_size, tuple) else (crop_size,)
+    share = min(sides) / 224 if sides and all(map(is_count, sides)) else 1.0
+    return (0.1 * min(share, 1.0), 2.0 * min(share, 1.0))
+
+
 def problems(values: Mapping[str, Any]) -> list[str]:
     """What is wrong with the settings, all of which are there: value, rule, what to write."""
     return [*_of_counts(values), *_of_numbers(values), *_of_views(values), *_of_features(values)]
@@ -47,8 +54,8 @@ def _of_counts(values: Mapping[str, Any]) -> Iterator[str]:
     length = values["len_train_loader"]
     if length is not None and (not is_count(length) or length < 1):
         yield (
-            f"len_train_loader ({length!r}) must be the number of batches in an epoch, len(train_loader), or None if it "
-            "is not known"
+            f"len_train_loader ({length!r}) must be the number of batches in an epoch, len(train_loader), or None if "
+            "it is not known"
         )
     warmup, epochs = values["warmup_teacher_temp_epochs"], values["epochs"]
     if is_count(warmup) and is_count(epochs) and warmup > epochs:

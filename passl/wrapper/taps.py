@@ -29,7 +29,7 @@ class Tap(NamedTuple):
     side: str  # "input" or "output"
 
 
-class _Reached(Exception):
+class _ReachedError(Exception):
     """All that is asked for is there: what comes after it in the model has not to be computed."""
 
 
@@ -110,12 +110,12 @@ class Taps:
             seen[tap] = value
             counts[tap] = counts.get(tap, 0) + 1
             if self.stop and len(seen) == len(self.taps):
-                raise _Reached
+                raise _ReachedError
 
         handles = [_hook(model, tap, see) for tap in self.taps]
         try:
             model(images)
-        except _Reached:
+        except _ReachedError:
             pass
         finally:
             for handle in handles:

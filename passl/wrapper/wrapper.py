@@ -13,6 +13,7 @@ import paddle
 from paddle import Tensor, nn
 
 from passl import distributed
+from passl.data.masks import BlockMasks
 from passl.models.dino import DINO, DINOHead, DINOLoss
 from passl.models.dinov2 import DINOv2
 from passl.models.distillation import SelfDistillation, zero_of
@@ -58,6 +59,9 @@ class DINOWrapper(nn.Layer):
         self.method = _method(features, conf)
         self.losses: dict[str, Tensor] = {}
         self._views = Views(conf)
+        self._masks: Optional[BlockMasks] = None
+        if hasattr(self.method, "ibot_loss"):
+            self._masks = BlockMasks(features.model.patch_size, conf.mask_prob, conf.mask_ratio)
         self._clock = Clock(conf)
         # In the state, so that a loop that goes on does so with the views and the momentum that come next.
         self.register_buffer("next_step", paddle.zeros([1], "int64"))
@@ -86,8 +90,8 @@ class DINOWrapper(nn.Layer):
         """ "train": (the mean of the student's features of the global crops [B, D], the loss), both with gradient.
         "val": the teacher's features [B, D] of the normalised images in evaluation mode, without.
 
-        images: a batch Tensor [B, C, H, W], uint8 or floats in [0, 1]; or a list of arrays [H, W, C] or Pillow images, of
-            any sizes. Not normalised: the wrapper does it.
+        images: a batch Tensor [B, C, H, W], uint8 or floats in [0, 1]; or a list of arrays [H, W, C] or Pillow images,
+            of any sizes. Not normalised: the wrapper does it.
         epoch: counts from 0; with `len_train_loader` set and `ema_update` called it need not be given.
 
         Raises:
@@ -125,7 +129,10 @@ class DINOWrapper(nn.Layer):
 
     def _crops(self, images: Images) -> dict[str, Tensor]:
         seed = [self.configs.seed, distributed.rank(), int(self.num_forwards.item())]
-        crops = self._views.crops(images, np.random.default_rng(seed))
+        rng = np.random.default_rng(seed)
+        crops = self._views.crops(images, rng)
+        if self._masks is not None and "masks" not in crops:
+            crops["masks"] = paddle.to_tensor(self._masks(crops, rng)["masks"])
         self.num_forwards += 1
         return crops
 
@@ -262,7 +269,7 @@ def _ibot_weight(features: Features, conf: DINOConf) -> float:
 
 
 def _stay_in_full_precision(layers: list[nn.Layer]) -> None:
-    """Keeps `paddle.amp.decorate` of a whole wrapper from casting them: small moves of a teacher would round to none."""
+    """Keeps `paddle.amp.decorate` of a whole wrapper from casting them: a teacher's small moves would round to none."""
     for layer in layers:
         for one in layer.sublayers(include_self=True):
             # The two names that Paddle has had for its switch.

@@ -146,6 +146,26 @@ CASES = {
         ["% of the time passes waiting for data", "DataLoader.Train.loader.num_workers (now 0)"],
     ),
 }
+DINOV2 = {
+    "Global__name": "DINO",
+    "Model": """{{name: DINOv2, freeze_last_layer: 1000,
+        backbone: {{name: VisionTransformer, img_size: 24, patch_size: 8, embed_dim: 48, depth: 2, num_heads: 3,
+            init_std: 0.1, mask_token: true}},
+        head: {{name: DINOHead, out_dim: 128, hidden_dim: 64, bottleneck_dim: 32, use_bn: true}}}}""",
+    "DataLoader__Train__batch_transform": "{{name: BlockMasks, patch_size: 8}}",
+}
+CASES |= {
+    "DINOv2, centring off": (
+        {**DINOV2, "Model__center_momentum": "1.0"},
+        "one-hot collapse",
+        ["centring is off", "Model.center_momentum (now 1.0): 0.9"],
+    ),
+    "DINOv2 with Sinkhorn-Knopp, sharpening off": (
+        {**DINOV2, "Model__centering": "sinkhorn", "Schedules__teacher_temp__value": "1.0"},
+        "uniform collapse",
+        ["nothing sharpens: teacher_temp 1 is not below student_temp 0.1", "Schedules.teacher_temp.value (now 1.0)"],
+    ),
+}
 QUICK = ("one image",)
 
 

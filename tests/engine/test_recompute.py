@@ -22,7 +22,7 @@ from passl.models.xcit import XCiT
 
 BACKBONES = {
     "vit": lambda: VisionTransformer(16, 8, 3, 12, 3, 2, drop_path_rate=0.3),
-    "dinov2": lambda: dinov2._vision_transformer(8, 16, 3, (12, 3, 2), 0.3, 2, 1.0, "swiglu"),
+    "dinov2": lambda: dinov2._vision_transformer((12, 3, 2), 8, 16, 3, 0.3, 2, 1.0, True, True, "swiglu"),
     "region": lambda: RegionTransformer(3, 16, 12, 3, 2, drop_path_rate=0.3, drop_rate=0.2),
     "xcit": lambda: XCiT(8, 3, 12, 2, 2, drop_path_rate=0.3),  # with batch norms in its blocks
 }

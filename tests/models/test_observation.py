@@ -11,6 +11,7 @@ import paddle
 import pytest
 
 from passl.models import DINO, DINOHead, VisionTransformer
+from passl.models.dinov2 import DINOv2
 from passl.models.observation import effective_rank
 
 B, K, TEMP = 5, 37, 0.04
@@ -77,6 +78,47 @@ def test_against_plain_forward_passes(method, batch) -> None:
     assert numbers.keys() == expected.keys()
     for name, value in expected.items():
         assert numbers[name] == pytest.approx(value, rel=1e-4, abs=1e-5), name
+
+
+@pytest.mark.parametrize("has_ibot_head", [False, True])
+@pytest.mark.parametrize("centering", ["softmax", "sinkhorn"])
+def test_dinov2(batch, centering, has_ibot_head) -> None:
+    """Features and logits of whole images, although the heads see patches too; answers as in the loss."""
+    paddle.seed(0)
+    sizes = {"img_size": 16, "patch_size": 8, "embed_dim": 12, "depth": 1, "num_heads": 2, "mask_token": True}
+    backbone = functools.partial(VisionTransformer, **sizes)
+    head = functools.partial(DINOHead, out_dim=K, hidden_dim=12, bottleneck_dim=8)
+    method = DINOv2(backbone, head, ibot_head=head if has_ibot_head else None, centering=centering)
+    method.train()
+    for parameter in method.student.parameters():
+        parameter.set_value(parameter + 0.05 * paddle.randn(parameter.shape))
+    batch["masks"] = paddle.to_tensor(np.random.default_rng(0).random((2 * B, 4)) < 0.5)
+    method.observe()
+    method(batch, teacher_temp=TEMP)
+    numbers = method.diagnostics()
+
+    features = method.teacher.backbone(batch["global_crops"])
+    logits = method.teacher.head(features).numpy().astype(np.float64)
+    answers = softmax(logits / TEMP)
+    if centering == "sinkhorn":
+        answers = np.exp(logits / TEMP)
+        for _ in range(3):
+            answers /= answers.sum(0)
+            answers /= answers.sum(1, keepdims=True)
+    unit = features.numpy().astype(np.float64)
+    unit /= np.linalg.norm(unit, axis=1, keepdims=True)
+    expected = {
+        "out_dim": K,
+        "teacher_entropy": entropy(answers).mean(),
+        "teacher_mean_entropy": entropy(answers.mean(0)),
+        "prototypes_in_use": len(set(answers.argmax(-1))),
+        "feature_std": np.sqrt(unit.var(0).sum()),
+    }
+    for name, value in expected.items():
+        assert numbers[name] == pytest.approx(value, rel=1e-4, abs=1e-5), name
+    assert np.isfinite(list(numbers.values())).all()
+    # A centre of 0 would tell the doctor that centring is off.
+    assert ("center_norm" in numbers) == (centering == "softmax")
 
 
 def test_extreme_logits_have_exact_entropies(method, batch) -> None:

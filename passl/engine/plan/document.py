@@ -78,6 +78,14 @@ def _tail(key: str) -> str:
     return ".".join(key.split(".")[-2:])
 
 
+def _batch_rule(schedule: Mapping[str, Any]) -> str:
+    """What the batch multiplies the values of a schedule with."""
+    if "reference_batch_size" not in schedule:
+        return ""
+    ratio = f"batch/{schedule['reference_batch_size']}"
+    return f" * sqrt({ratio})" if schedule.get("batch_rule") == "sqrt" else f" * {ratio}"
+
+
 def _short(value: Any) -> str:
     """A value in a few characters."""
     if isinstance(value, list) and value and isinstance(value[0], Mapping):
@@ -90,7 +98,7 @@ def _short(value: Any) -> str:
     if name == "Cosine":
         start = f"{value['warmup_start']:g} -> " if value.get("warmup_start") else ""
         end = f" -> {value['final']:g}" if value["final"] != value["base"] else ""
-        scale = f" * batch/{value['reference_batch_size']}" if "reference_batch_size" in value else ""
+        scale = _batch_rule(value)
         return f"{start}{value['base']:g}{scale}{end}"
     if "embed_dim" in value:
         return f"ViT {value['embed_dim']} x {value['depth']}, patch {value['patch_size']}"

@@ -1,6 +1,8 @@
 """The vision transformers of DINOv2 (Oquab et al. 2023), without and with registers (Darcet et al. 2023).
 
 layer_scale: first value of the factors on the branches; 1.0 as in the official hub, 1e-5 in the official training.
+drop_path_uniform, drop_path_subset: see VisionTransformer; both are on in the official training.
+ffn (large): the official training took "swiglu" from L on; the published weights are distilled, and L has an "mlp".
 """
 
 from __future__ import annotations
@@ -12,13 +14,15 @@ from passl.registry import BACKBONES
 
 
 def _vision_transformer(
+    sizes: tuple[int, int, int],
     patch_size: int,
     img_size: int,
     in_chans: int,
-    sizes: tuple[int, int, int],
     drop_path_rate: float,
     num_register_tokens: int,
     layer_scale: float,
+    drop_path_uniform: bool,
+    drop_path_subset: bool,
     ffn: Literal["mlp", "swiglu"] = "mlp",
 ) -> VisionTransformer:
     """sizes: embed_dim, depth, num_heads"""
@@ -34,6 +38,8 @@ def _vision_transformer(
         layer_scale=layer_scale,
         ffn=ffn,
         mask_token=True,
+        drop_path_uniform=drop_path_uniform,
+        drop_path_subset=drop_path_subset,
     )
 
 
@@ -45,10 +51,21 @@ def dinov2_vit_small(
     drop_path_rate: float = 0.0,
     num_register_tokens: int = 0,
     layer_scale: float = 1.0,
+    drop_path_uniform: bool = False,
+    drop_path_subset: bool = False,
 ) -> VisionTransformer:
     """ViT-S: 384 wide, 12 blocks, 6 heads, 22.1 M parameters."""
-    sizes = (384, 12, 6)
-    return _vision_transformer(patch_size, img_size, in_chans, sizes, drop_path_rate, num_register_tokens, layer_scale)
+    return _vision_transformer(
+        (384, 12, 6),
+        patch_size,
+        img_size,
+        in_chans,
+        drop_path_rate,
+        num_register_tokens,
+        layer_scale,
+        drop_path_uniform,
+        drop_path_subset,
+    )
 
 
 @BACKBONES.register()
@@ -59,10 +76,21 @@ def dinov2_vit_base(
     drop_path_rate: float = 0.0,
     num_register_tokens: int = 0,
     layer_scale: float = 1.0,
+    drop_path_uniform: bool = False,
+    drop_path_subset: bool = False,
 ) -> VisionTransformer:
     """ViT-B: 768 wide, 12 blocks, 12 heads, 86.6 M parameters."""
-    sizes = (768, 12, 12)
-    return _vision_transformer(patch_size, img_size, in_chans, sizes, drop_path_rate, num_register_tokens, layer_scale)
+    return _vision_transformer(
+        (768, 12, 12),
+        patch_size,
+        img_size,
+        in_chans,
+        drop_path_rate,
+        num_register_tokens,
+        layer_scale,
+        drop_path_uniform,
+        drop_path_subset,
+    )
 
 
 @BACKBONES.register()
@@ -73,10 +101,23 @@ def dinov2_vit_large(
     drop_path_rate: float = 0.0,
     num_register_tokens: int = 0,
     layer_scale: float = 1.0,
+    drop_path_uniform: bool = False,
+    drop_path_subset: bool = False,
+    ffn: Literal["mlp", "swiglu"] = "mlp",
 ) -> VisionTransformer:
     """ViT-L: 1024 wide, 24 blocks, 16 heads, 304.4 M parameters."""
-    sizes = (1024, 24, 16)
-    return _vision_transformer(patch_size, img_size, in_chans, sizes, drop_path_rate, num_register_tokens, layer_scale)
+    return _vision_transformer(
+        (1024, 24, 16),
+        patch_size,
+        img_size,
+        in_chans,
+        drop_path_rate,
+        num_register_tokens,
+        layer_scale,
+        drop_path_uniform,
+        drop_path_subset,
+        ffn,
+    )
 
 
 @BACKBONES.register()
@@ -87,9 +128,19 @@ def dinov2_vit_giant(
     drop_path_rate: float = 0.0,
     num_register_tokens: int = 0,
     layer_scale: float = 1.0,
+    drop_path_uniform: bool = False,
+    drop_path_subset: bool = False,
 ) -> VisionTransformer:
     """ViT-g: 1536 wide, 40 blocks, 24 heads, gated MLPs, 1136.5 M parameters."""
-    sizes = (1536, 40, 24)
     return _vision_transformer(
-        patch_size, img_size, in_chans, sizes, drop_path_rate, num_register_tokens, layer_scale, ffn="swiglu"
+        (1536, 40, 24),
+        patch_size,
+        img_size,
+        in_chans,
+        drop_path_rate,
+        num_register_tokens,
+        layer_scale,
+        drop_path_uniform,
+        drop_path_subset,
+        "swiglu",
     )

@@ -29,8 +29,11 @@ class IBOTLoss(CenteredLoss):
     ) -> Tensor:
         """student_logits, teacher_logits: [M, K], of the hidden patches; weights: [M], 1/number of hidden patches in
         the patch's image; num_images: with and without hidden patches -> scalar.
+
+        A single patch of weight 0 stands for none: it makes no loss, and does not count for the centre.
         """
-        targets = self.targets(teacher_logits, teacher_temp)
+        is_none = weights.shape[0] == 1 and weights.item() == 0
+        targets = self.targets(teacher_logits, teacher_temp, counted=not is_none)
         with paddle.amp.auto_cast(enable=False):
             logits = student_logits.astype(targets.dtype) / self.student_temp
             return (cross_entropy(logits, targets) * weights.astype(targets.dtype)).sum() / num_images

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Callable, Optional
+import math
+from typing import Callable, Optional, Union
 
 import paddle
 from paddle import Tensor, nn
@@ -12,21 +13,29 @@ from passl.models.dino_loss import DINOLoss
 from passl.models.dinov2.ibot_loss import IBOTLoss
 from passl.models.dinov2.koleo_loss import koleo_loss
 from passl.models.distillation import SelfDistillation, crops_of, drop_gradients, follow, start_equal
-from passl.models.layer_rates import layer_rates
+from passl.models.layer_rates import has_blocks, layer_rates
 from passl.models.layers import in_full_precision
+from passl.models.multi_crop import MultiCropNetwork
 from passl.registry import METHODS
+
+_LAYER_DECAY = 0.9
 
 
 @METHODS.register()
 class DINOv2(SelfDistillation):
     """DINOv2 (Oquab et al. 2023): DINO between views, iBOT between hidden patches, KoLeo between images.
 
-    backbone, head: builders, as those of DINO. Backbones without `forward_crops` can do without hidden patches only.
+    The loss is the sum of the three, each times its weight: DINO's over all pairs of a teacher view and another student
+    view, iBOT's over the two global views, and KoLeo's of each global view by itself, added up.
+
+    backbone, head: builders, as those of DINO. To hide patches, a backbone needs `forward_crops` and a `mask_token`.
     ibot_head: builder of a head of the patches' own; None: they share that of the views.
     freeze_last_layer: for so many epochs the heads' last layers are not trained.
     centering: how the teacher is kept from collapse, by a running "softmax" centre or by "sinkhorn" (Sinkhorn-Knopp).
-    dino_loss_weight, ibot_loss_weight, koleo_loss_weight: 0 leaves a loss out.
-    layer_decay: the deeper a layer of the backbone is, the less of the learning rate it takes (`layer_rates`) ...
+    dino_loss_weight, ibot_loss_weight, koleo_loss_weight: from 0 up. Without iBOT no patch is hidden; DINO's loss is
+        computed, and logged, also at 0.
+    layer_decay: the deeper a layer of the backbone is, the less of the learning rate it takes (`layer_rates`): null is
+        0.9, and 1 for a backbone without blocks ...
     patch_embed_lr: ... and the patch embedding so much of that again.
     """
 
@@ -42,31 +51,36 @@ class DINOv2(SelfDistillation):
         dino_loss_weight: float = 1.0,
         ibot_loss_weight: float = 1.0,
         koleo_loss_weight: float = 0.1,
-        layer_decay: float = 0.9,
+        layer_decay: Optional[float] = None,
         patch_embed_lr: float = 0.2,
     ) -> None:
         super().__init__()
+        self.loss_weights = {"dino": dino_loss_weight, "ibot": ibot_loss_weight, "koleo": koleo_loss_weight}
+        _check_weights(self.loss_weights)
+        if not 0 <= patch_embed_lr < math.inf:
+            raise ValueError(f"patch_embed_lr ({patch_embed_lr}) must be at least 0, a share of the learning rate")
+        if ibot_head is not None and not ibot_loss_weight:
+            raise ValueError(
+                "ibot_head has nothing to learn from with ibot_loss_weight: 0; leave it out, or raise ibot_loss_weight"
+            )
         self._build(backbone, head)
         self._hides_patches = ibot_loss_weight > 0
+        self._has_ibot_head = ibot_head is not None
         if ibot_head is not None:
             in_dim = self.student.backbone.embed_dim
             self.student_ibot_head, self.teacher_ibot_head = ibot_head(in_dim=in_dim), ibot_head(in_dim=in_dim)
             start_equal(self.teacher_ibot_head, self.student_ibot_head)
-        self._has_ibot_head = ibot_head is not None
         self.dino_loss = DINOLoss(self.student.head.out_dim, student_temp, center_momentum, centering)
         if self._hides_patches:
-            if getattr(self.student.backbone, "mask_token", None) is None:
-                raise ValueError(
-                    f"{type(self.student.backbone).__name__} has no mask token to stand for hidden patches: a backbone "
-                    "with mask_token: true, or ibot_loss_weight: 0"
-                )
+            _check_hides_patches(self.student.backbone)
             self.student.backbone.mask_token.stop_gradient = False
             self.ibot_loss = IBOTLoss(self._ibot_heads()[0].out_dim, student_temp, center_momentum, centering)
+        if layer_decay is None:
+            layer_decay = _LAYER_DECAY if has_blocks(self.student.backbone) else 1.0
         self.freeze_last_layer = freeze_last_layer
-        self.loss_weights = {"dino": dino_loss_weight, "ibot": ibot_loss_weight, "koleo": koleo_loss_weight}
         self.layer_decay = layer_decay
         self.patch_embed_lr = patch_embed_lr
-        self.learning_rate_shares()  # refuses what does not fit
+        layer_rates(self.student.backbone, layer_decay)  # refuses what does not fit
 
     def _ibot_heads(self) -> tuple[nn.Layer, nn.Layer]:
         """The student's and the teacher's head for patches."""
@@ -76,6 +90,8 @@ class DINOv2(SelfDistillation):
 
     def learning_rate_shares(self) -> dict[str, float]:
         """Those of the student's backbone, by layer_decay and patch_embed_lr."""
+        if self.layer_decay == self.patch_embed_lr == 1:
+            return {}
         rates = layer_rates(self.student.backbone, self.layer_decay)
         return {
             f"student.backbone.{name}": rate * (self.patch_embed_lr if name.startswith("patch_embed.") else 1.0)
@@ -87,21 +103,22 @@ class DINOv2(SelfDistillation):
         [2*B, N], the patches of the global crops that are hidden from the student. View by view.
         """
         crops = crops_of(batch, "DINOv2")
-        masks = self._masks(batch)
-        student_tokens = self._tokens(self.student.backbone, crops, masks)
+        masks = self._masks(batch, crops[0].shape[0])
+        features, patches = _features(self.student, crops, masks)
         with paddle.no_grad():
-            teacher_tokens = self._tokens(self.teacher.backbone, crops[:1], None)[0]
-            teacher_logits = in_full_precision(self.teacher.head, teacher_tokens[:, 0])
-        student_cls = [tokens[:, 0] for tokens in student_tokens]
-        student_logits = in_full_precision(self.student.head, paddle.concat(student_cls))
+            teacher_features, teacher_patches = _features(self.teacher, crops[:1], masks, hide=False)
+            teacher_logits = in_full_precision(self.teacher.head, teacher_features)
+        student_logits = in_full_precision(self.student.head, features)
         losses = {"dino": self.dino_loss(student_logits, teacher_logits, teacher_temp)}
-        losses["koleo"] = sum(koleo_loss(view) for view in student_cls[0].chunk(2))
-        if self._hides_patches:
-            losses["ibot"] = self._patch_loss(student_tokens[0], teacher_tokens, masks, teacher_temp)
+        if self.loss_weights["koleo"]:
+            losses["koleo"] = sum(koleo_loss(view) for view in features[: crops[0].shape[0]].chunk(2))
+        if masks is not None:
+            losses["ibot"] = self._patch_loss(patches, teacher_patches, masks, teacher_temp)
         total = sum(self.loss_weights[name] * loss for name, loss in losses.items())
         return {"loss": total, **{f"{name}_loss": loss for name, loss in losses.items()}}
 
-    def _masks(self, batch: dict[str, Tensor]) -> Optional[Tensor]:
+    def _masks(self, batch: dict[str, Tensor], num_images: int) -> Optional[Tensor]:
+        """bool [2*B, N], or None where no patch is to be hidden"""
         if not self._hides_patches:
             return None
         if "masks" not in batch:
@@ -109,24 +126,21 @@ class DINOv2(SelfDistillation):
                 "DINOv2 needs 'masks', the patches to hide from the student: give DataLoader.Train the batch_transform "
                 "BlockMasks, or the model ibot_loss_weight: 0"
             )
-        return batch["masks"].astype("bool")
-
-    def _tokens(self, backbone: nn.Layer, crops: list[Tensor], masks: Optional[Tensor]) -> list[Tensor]:
-        """[B_i, T_i, D] of each batch of crops, [CLS] first; T is 1 of backbones that give nothing else."""
-        if hasattr(backbone, "forward_crops"):
-            return backbone.forward_crops(crops, [masks] + [None] * (len(crops) - 1))
-        return [backbone(batch).unsqueeze(1) for batch in crops]
+        masks = batch["masks"]
+        if masks.ndim != 2 or masks.shape[0] != num_images:
+            raise ValueError(
+                f"masks {list(masks.shape)} must be [images, patches], a row for each of the {num_images} global crops"
+            )
+        return masks.astype("bool")
 
     def _patch_loss(self, student: Tensor, teacher: Tensor, masks: Tensor, teacher_temp: float) -> Tensor:
-        """student, teacher: [2*B, T, D], masks: [2*B, N]"""
-        num_prefix = student.shape[1] - masks.shape[1]
-        indices, weights = hidden_patches(masks)
+        """student, teacher: [2*B, N, D], masks: [2*B, N]"""
+        indices, weights = hidden_patches(masks, self.ibot_loss.center.dtype)
         student_head, teacher_head = self._ibot_heads()
-        student_logits, teacher_logits = (
-            in_full_precision(head, tokens[:, num_prefix:].flatten(0, 1).index_select(indices))
-            for head, tokens in ((student_head, student), (teacher_head, teacher))
-        )
-        return self.ibot_loss(student_logits, teacher_logits.detach(), weights, masks.shape[0], teacher_temp)
+        with paddle.no_grad():
+            teacher_logits = in_full_precision(teacher_head, teacher.flatten(0, 1).index_select(indices))
+        student_logits = in_full_precision(student_head, student.flatten(0, 1).index_select(indices))
+        return self.ibot_loss(student_logits, teacher_logits, weights, masks.shape[0], teacher_temp)
 
     def after_backward(self, epoch: int) -> None:
         """Drops the gradients of the student's last layers in the first epochs."""
@@ -151,13 +165,51 @@ class DINOv2(SelfDistillation):
         return [self.dino_loss] + ([self.ibot_loss] if self._hides_patches else [])
 
 
-def hidden_patches(masks: Tensor) -> tuple[Tensor, Tensor]:
+def _check_weights(weights: dict[str, float]) -> None:
+    for name, weight in weights.items():
+        if not 0 <= weight < math.inf:
+            raise ValueError(f"{name}_loss_weight ({weight}) must be a number from 0 up; 0 leaves that loss out")
+    if not (weights["dino"] or weights["ibot"]):
+        raise ValueError(
+            "dino_loss_weight and ibot_loss_weight are both 0: nothing would learn from the teacher. Raise one of them"
+        )
+
+
+def _check_hides_patches(backbone: nn.Layer) -> None:
+    name = type(backbone).__name__
+    if not hasattr(backbone, "forward_crops"):
+        raise ValueError(
+            f"{name} has no patches to hide (no forward_crops): give a vision transformer with mask_token: true, or "
+            "ibot_loss_weight: 0"
+        )
+    if getattr(backbone, "mask_token", None) is None:
+        raise ValueError(
+            f"{name} has no mask token to stand for hidden patches: a backbone with mask_token: true, or "
+            "ibot_loss_weight: 0"
+        )
+
+
+def _features(
+    network: MultiCropNetwork, crops: list[Tensor], masks: Optional[Tensor], hide: bool = True
+) -> tuple[Tensor, Optional[Tensor]]:
+    """The features of all crops [sum of B_i, D], and where there are masks the patches of the first ones [2*B, N, D].
+
+    hide: whether the mask token stands where masks [2*B, N] are true.
+    """
+    if masks is None:
+        return network.features(crops), None
+    tokens = network.backbone.forward_crops(crops, [masks if hide else None] + [None] * (len(crops) - 1))
+    return paddle.concat([part[:, 0] for part in tokens]), tokens[0][:, -masks.shape[1] :]
+
+
+def hidden_patches(masks: Tensor, dtype: Union[str, paddle.dtype] = "float32") -> tuple[Tensor, Tensor]:
     """masks: bool [B, N] -> the flat indices [M] of what is hidden, and the weights [M], 1/number hidden in its image.
 
-    Where nothing is hidden it is one patch of weight 0, for every head has to take part in every step.
+    Where nothing is hidden it is one patch of weight 0: every head has to take part in every step, and all processes in
+    the centring.
     """
     indices = masks.flatten().nonzero().flatten()
     if indices.shape[0] == 0:
-        return paddle.zeros([1], "int64"), paddle.zeros([1])
-    counts = masks.astype("float32").sum(1)
+        return paddle.zeros([1], "int64"), paddle.zeros([1], dtype)
+    counts = masks.astype(dtype).sum(1)
     return indices, 1.0 / counts.index_select(indices // masks.shape[1])
