@@ -144,11 +144,15 @@ def _tried(model: nn.Layer, choice: tuple[Tap, ...], conf: DINOConf) -> tuple[Re
 def _read(
     model: nn.Layer, reading: Reading, images: Tensor, kind: str, global_size: tuple[int, int]
 ) -> tuple[Reading, list[int]]:
-    """The same at one size: as the model is or, if that fails, with its position embeddings resized."""
+    """The same at one size: as the model is or, if that is for one size only, with its position embeddings resized."""
     own_size = positions.own_size_of(model) or global_size
     fixed = positions.fixed_positions(model, own_size) if reading.positions is None else None
+    attempts = [reading]
+    if fixed and tuple(images.shape[-2:]) != own_size:
+        refuses = _refuses(model, reading, paddle.zeros([*images.shape[:2], *fixed.larger_size]))
+        attempts.insert(0 if refuses else 1, reading._replace(positions=fixed))
     errors: list[Exception] = []
-    for attempt in [reading] + ([reading._replace(positions=fixed)] if fixed else []):
+    for attempt in attempts:
         try:
             if reading.where.taps and kind == "global":
                 attempt = attempt._replace(where=Taps(reading.where.taps, stop=_can_stop(model, attempt, images)))
@@ -156,6 +160,16 @@ def _read(
         except Exception as error:
             errors.append(error)
     raise ValueError(_why_not(model, kind, images, errors[0], own_size)) from errors[0]
+
+
+def _refuses(model: nn.Layer, reading: Reading, images: Tensor) -> bool:
+    """Images that are larger than its own, if the model is for one size: of smaller ones it may be content to take the
+    first embeddings, which are those of other places."""
+    try:
+        reading.vectors(model, images)
+    except Exception:
+        return True
+    return False
 
 
 def _can_stop(model: nn.Layer, reading: Reading, images: Tensor) -> bool:

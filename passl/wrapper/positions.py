@@ -26,6 +26,7 @@ _TOKENS = re.compile(r"(^|_)(cls|class|dist(illation)?|reg|register|global)_?(to
 _MOST_TOKENS = 17  # beside the patches: [CLS], distillation and 15 registers
 # What models remember of their images: height and width, the same in patches, patches, and tokens.
 _SIZES = ("img_size", "image_size", "input_size", "input_resolution")
+_NEVER_ONE_NUMBER = ("input_size", "input_resolution")  # which are other things than images' sides, too
 _GRIDS = ("grid_size", "patches_resolution", "patch_grid", "feature_size")
 _PATCHES = ("num_patches",)
 _SEQUENCES = ("seq_length", "seq_len", "num_positions")
@@ -54,6 +55,11 @@ class FixedPositions:
     patch: Pair
     embeddings: tuple[Embedding, ...]
     settings: tuple[tuple[str, str], ...]
+
+    @property
+    def larger_size(self) -> Pair:
+        """One patch more than `own_size` in each direction."""
+        return self.own_size[0] + self.patch[0], self.own_size[1] + self.patch[1]
 
     @contextlib.contextmanager
     def at(self, model: nn.Layer, size: Pair) -> Iterator[None]:
@@ -141,8 +147,9 @@ def own_size_of(model: nn.Layer) -> Optional[Pair]:
     """The image size that ``model`` tells: by an attribute, or by its embeddings and the stride of its patches."""
     for _, layer in model.named_sublayers(include_self=True):
         for name in _SIZES:
-            size = _pair(vars(layer).get(name))
-            if size is not None:
+            value = vars(layer).get(name)
+            size = _pair(value)
+            if size is not None and not (name in _NEVER_ONE_NUMBER and isinstance(value, int)):
                 return size
     tokens = _tokens_beside(model)
     for _, _, value in _position_embeddings(model):
@@ -218,7 +225,10 @@ def _settings(model: nn.Layer, own_size: Pair, embedding: Embedding) -> Iterator
     }
     for path, layer in model.named_sublayers(include_self=True):
         for name, value in vars(layer).items():
-            if name in own and isinstance(value, (int, tuple, list)) and own[name] in (value, _pair(value)):
+            if name not in own or not isinstance(value, (int, tuple, list)):
+                continue
+            is_other = name in _NEVER_ONE_NUMBER and isinstance(value, int)
+            if own[name] in (value, _pair(value)) and not is_other:
                 yield path, name
 
 

@@ -15,6 +15,7 @@ from passl.models.resnet import ResNet, resnet18
 from passl.models.vision_transformer import VisionTransformer
 from passl.models.xcit import xcit_nano_12_p16
 from passl.wrapper.adapter import make_features
+from passl.wrapper.positions import adapt_positions
 from tests.wrapper.small import IMAGE, FixedViT, SmallNet, batch, small_conf, small_wrapper, train
 
 QUICK = {
@@ -307,6 +308,30 @@ def test_transformers_of_one_image_size_take_crops_of_others(sizes):
     assert all(np.isfinite(train(wrapper, 2)))
     assert np.abs(model.pos_embed.numpy() - before).max(-1).all()  # each of them learns
     assert model(paddle.rand([1, 3, 32, 32])).shape == [1, 10]
+
+
+def test_the_first_embeddings_are_not_taken_for_those_of_a_smaller_image():
+    """Many transformers add as many embeddings as there are patches: to a small image the topmost rows of a large."""
+
+    class Cutting(FixedViT):
+        def __init__(self) -> None:
+            super().__init__(dropout=0.0)
+            del self.head
+
+        def forward(self, images):
+            patches = self.patches(images).flatten(2).transpose([0, 2, 1])
+            tokens = paddle.concat([self.cls_token.expand([images.shape[0], 1, 12]), patches], axis=1)
+            return self.block(tokens + self.pos_embed[:, : tokens.shape[1]])[:, 0]
+
+    model = Cutting()
+    features = make_features(model, small_conf())
+    crops = paddle.rand([2, 3, 16, 16])
+    with adapt_positions(model, (16, 16), (32, 32)):
+        expected = model(crops).numpy()
+    np.testing.assert_array_equal(features(crops).numpy(), expected)
+    assert np.abs(model(crops).numpy() - expected).max() > 1e-3
+    # passl's own resizes them by itself, in its own way.
+    assert make_features(VisionTransformer(32, 8, 3, 12, 1, 2), small_conf()).reading.positions is None
 
 
 def test_positions_that_cannot_be_resized_say_what_to_set():
