@@ -18,3 +18,12 @@ def list_models(pattern: str = "*") -> list[str]:
     from passl.registry import BACKBONES
 
     return [name for name in BACKBONES.names() if fnmatchcase(name, pattern)]
+
+
+def __getattr__(name: str) -> object:
+    """`passl.DINOWrapper` and `passl.DINOConf`, which import Paddle only when they are asked for."""
+    if name in ("DINOConf", "DINOWrapper"):
+        import passl.wrapper
+
+        return getattr(passl.wrapper, name)
+    raise AttributeError(f"module 'passl' has no attribute {name!r}")

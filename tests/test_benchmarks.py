@@ -22,6 +22,13 @@ def test_multi_crop(images: list[str]) -> None:
     assert "official" in output  # measured, or said to be absent
 
 
+def test_batch_views() -> None:
+    command = [sys.executable, str(BENCHMARKS / "batch_views.py"), "--batch-size", "2", "--repeats", "1"]
+    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert "CIFAR, 2 x 32 + 6 x 16" in output
+    assert "times as fast" in output
+
+
 def test_label_propagation() -> None:
     command = [
         sys.executable,

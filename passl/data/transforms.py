@@ -339,10 +339,14 @@ class Normalize:
         self.std = np.asarray(std, np.float32)[:, None, None]
 
     def __call__(self, array: np.ndarray, rng: Optional[Generator] = None) -> np.ndarray:
-        channels = array.shape[-3]
+        mean, std = self.statistics_of(array.shape[-3])
+        return (array - mean) / std
+
+    def statistics_of(self, channels: int) -> tuple[np.ndarray, np.ndarray]:
+        """`mean` and `std` [C or 1, 1, 1] of images of so many channels. Raises ValueError: there are others."""
         if len(self.mean) not in (1, channels):
             raise ValueError(
                 f"mean and std have {len(self.mean)} values, and the image {channels} channels: give one for each of "
                 "them, or the configuration a section Data"
             )
-        return (array - self.mean) / self.std
+        return self.mean, self.std

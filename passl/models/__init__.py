@@ -8,6 +8,7 @@ from passl.models.pixels import RawPixels
 from passl.models.probe import LinearProbe
 from passl.models.region_transformer import RegionTransformer, hvit_xs
 from passl.models.resnet import ResNet, resnet18, resnet34, resnet50, resnet101, resnet152
+from passl.models.simsiam import SimSiam
 from passl.models.vision_transformer import VisionTransformer, vit_base, vit_large, vit_small, vit_tiny
 from passl.models.xcit import (
     XCiT,
@@ -36,6 +37,7 @@ __all__ = [
     "RawPixels",
     "RegionTransformer",
     "ResNet",
+    "SimSiam",
     "VisionTransformer",
     "XCiT",
     "dinov2_vit_base",

@@ -13,7 +13,8 @@ import numpy as np
 import paddle
 from paddle import Tensor, nn
 
-Array = Union[np.ndarray, Tensor]
+from passl.cubic import cubic_parts, cubic_weights
+
 Mode = Literal["scale", "size", "antialias"]
 MODES = ("scale", "size", "antialias")
 
@@ -38,7 +39,7 @@ def resize_matrix(mode: Mode, in_size: int, out_size: int, dtype: type) -> np.nd
     for offset in (-1, 0, 1, 2):
         index = np.floor(center) + offset
         source = np.clip(index, 0, in_size - 1).astype(np.int64)
-        np.add.at(matrix, (np.arange(out_size), source), _cubic(np.abs(center - index), -0.75))
+        np.add.at(matrix, (np.arange(out_size), source), cubic_weights(np.abs(center - index), -0.75))
     return matrix
 
 
@@ -80,21 +81,8 @@ def _antialias_matrix(in_size: int, out_size: int, dtype: type) -> np.ndarray:
     scale = dtype(in_size / out_size)
     center = (scale * (np.arange(out_size) + 0.5)).astype(dtype).astype(np.float64)
     distance = np.abs(np.arange(in_size) + 0.5 - center[:, None]) / max(scale, 1.0)
-    matrix = _cubic(distance, -0.5)
+    matrix = cubic_weights(distance, -0.5)
     return matrix / matrix.sum(1, keepdims=True)
-
-
-def _cubic(distance: np.ndarray, a: float) -> np.ndarray:
-    """The weight of a point at this distance (>= 0) in cubic convolution (Keys 1981); a: slope at distance 1."""
-    near, far = _cubic_parts(distance, a)
-    return np.where(distance <= 1.0, near, np.where(distance < 2.0, far, 0.0))
-
-
-def _cubic_parts(distance: Array, a: float) -> tuple[Array, Array]:
-    """The two pieces of the kernel: for distances up to 1, and from 1 to 2."""
-    near = ((a + 2.0) * distance - (a + 3.0)) * distance**2 + 1.0
-    far = a * (((distance - 5.0) * distance + 8.0) * distance - 4.0)
-    return near, far
 
 
 def symbolic_resize_matrices(mode: Mode, in_size: int, rows: Tensor, columns: Tensor) -> list[Tensor]:
@@ -119,7 +107,7 @@ def _symbolic_bicubic(in_size: int, out_size: Tensor, scale: Tensor) -> Tensor:
         index = floor + offset
         # Not abs(): Paddle 3.3 optimises this one away when it runs the exported program.
         distance = center - index if offset < 1.0 else index - center
-        weight = _cubic_parts(distance, -0.75)[0 if offset in (0.0, 1.0) else 1]
+        weight = cubic_parts(distance, -0.75)[0 if offset in (0.0, 1.0) else 1]
         hits = index.clip(0.0, in_size - 1.0).unsqueeze(1) == sources
         matrix = matrix + weight.unsqueeze(1) * hits.astype("float64")
     return matrix
@@ -131,7 +119,7 @@ def _symbolic_antialias(in_size: int, out_size: Tensor, scale: Tensor) -> Tensor
     center = (inverse * (_count(out_size) + 0.5)).astype("float32").astype("float64")
     offset = _count(in_size) + 0.5 - center.unsqueeze(1)
     distance = paddle.maximum(offset, -offset) / inverse.clip(min=1.0)
-    near, far = _cubic_parts(distance, -0.5)
+    near, far = cubic_parts(distance, -0.5)
     is_near, is_far = (distance <= 1.0).astype("float64"), (distance < 2.0).astype("float64")
     matrix = near * is_near + far * (is_far - is_near)
     return matrix / matrix.sum(1, keepdim=True)

@@ -141,15 +141,22 @@ def gaussian_blur(image: np.ndarray, radius: float) -> np.ndarray:
     return image
 
 
-def box_kernel(radius: float) -> np.ndarray:
-    """A box blur's weights, float32 [2n + 1]: three of them have a standard deviation of `radius` together.
+def box_extent(radius: float) -> tuple[int, float]:
+    """Of such a box: to how many pixels it reaches on either side, and how much of the next one is covered.
 
-    The box has a fractional width: its outermost weights are smaller (Gwosdek et al. 2011, "Theoretical foundations of
-    Gaussian convolution by extended box filtering", equations 8 and 13).
+    Gwosdek et al. 2011, "Theoretical foundations of Gaussian convolution by extended box filtering", equations 8, 13.
     """
     variance = radius * radius / 3
     whole = math.floor((math.sqrt(12 * variance + 1) - 1) / 2)
-    fraction = (2 * whole + 1) * (whole * (whole + 1) - 3 * variance) / (6 * (variance - (whole + 1) ** 2))
+    return whole, (2 * whole + 1) * (whole * (whole + 1) - 3 * variance) / (6 * (variance - (whole + 1) ** 2))
+
+
+def box_kernel(radius: float) -> np.ndarray:
+    """A box blur's weights, float32 [2n + 1]: three of them have a standard deviation of `radius` together.
+
+    The box has a fractional width: its outermost weights are smaller.
+    """
+    whole, fraction = box_extent(radius)
     full = 2 * (whole + fraction) + 1
     # Pillow's weights are whole numbers of 2 ** -24, cut off. That decides where a result lies halfway between two
     # levels, so it is done here too; magnified, or it would be lost in the 24 bits of a float sum.
