@@ -10,7 +10,7 @@ from paddle import Tensor, nn
 from passl import DINOConf, DINOWrapper
 from passl.evaluators.knn import knn_classify
 
-SIZE, BATCH, EPOCHS = 32, 32, 4
+SIZE, BATCH, EPOCHS = 32, 32, 2
 DIRECTIONS = 6  # of stripes, to a class each
 
 
@@ -31,18 +31,19 @@ class SmallNet(nn.Layer):
         return self.layers(images).mean([2, 3])
 
 
-def pictures(per_class: int, seed: int) -> tuple[Tensor, np.ndarray]:
-    """uint8 [N, 3, H, W] and the labels [N]."""
+def pictures(count: int, seed: int) -> tuple[Tensor, np.ndarray]:
+    """uint8 [N, 3, H, W] of stripes in two colours, and the labels [N]."""
     rng = np.random.default_rng(seed)
-    labels = np.repeat(np.arange(DIRECTIONS), per_class)
+    labels = rng.integers(0, DIRECTIONS, count)
     y, x = np.mgrid[:SIZE, :SIZE]
     drawn = []
     for label in labels:
         angle = np.pi * label / DIRECTIONS
         across = x * np.cos(angle) + y * np.sin(angle)
-        wave = np.sin(2 * np.pi * (rng.uniform(0.1, 0.2) * across + rng.random()))
-        ends = rng.random((2, 1, 1, 3))
-        drawn.append(ends[0] + (ends[1] - ends[0]) * (wave[..., None] + 1) / 2 + rng.normal(0, 0.1, (SIZE, SIZE, 3)))
+        is_even = (np.sin(2 * np.pi * (0.15 * across + rng.random())) > 0)[..., None]
+        low, high = 0.4 * rng.random(3), 0.6 + 0.4 * rng.random(3)
+        swapped = rng.random(3) < 0.5  # in each colour by itself
+        drawn.append(np.where(is_even ^ swapped, high, low) + rng.normal(0, 0.1, (SIZE, SIZE, 3)))
     images = (np.stack(drawn).clip(0, 1) * 255).astype(np.uint8)
     return paddle.to_tensor(images.transpose(0, 3, 1, 2)), labels
 
@@ -55,36 +56,39 @@ def knn(wrapper: DINOWrapper, train: tuple[Tensor, np.ndarray], test: tuple[Tens
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("version", ["v1", "v2"])
-def test_knn_rises(version):
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"version": "v2", "centering": "sinkhorn", "koleo_loss_weight": 1.0, "teacher_temp": 0.04}],
+    ids=["v1", "v2"],
+)
+def test_knn_rises(settings):
     paddle.seed(0)
-    train, test = pictures(150, seed=0), pictures(50, seed=1)
+    train, test = pictures(800, seed=0), pictures(600, seed=1)
     length = len(train[1]) // BATCH
     conf = DINOConf(
-        version=version,
         global_crop_size=SIZE,
         local_crop_size=SIZE // 2,
         local_crops_number=2,
         global_crops_scale=(0.5, 1.0),
         local_crops_scale=(0.2, 0.5),
-        flip_prob=0.0,
+        flip_prob=0.0,  # a mirrored direction is another
         jitter_prob=1.0,
+        brightness=0.8,
+        contrast=0.8,
         saturation=0.8,
         hue=0.5,
         gray_prob=0.4,
-        global_solarize_probs=(0.0, 0.0),
+        global_solarize_probs=(0.3, 0.3),
         momentum_teacher=0.98,
-        warmup_teacher_temp=0.03,
-        teacher_temp=0.03,
-        freeze_last_layer=EPOCHS,
         out_dim=512,
         hidden_dim=256,
         bottleneck_dim=64,
         epochs=EPOCHS,
         len_train_loader=length,
+        **settings,
     )
     wrapper = DINOWrapper(SmallNet(), conf)
-    optimizer = paddle.optimizer.AdamW(2e-3, parameters=wrapper.parameters())
+    optimizer = paddle.optimizer.AdamW(1e-3, parameters=wrapper.parameters())
     before = knn(wrapper, train, test)
     rng = np.random.default_rng(0)
     for epoch in range(EPOCHS):
@@ -96,5 +100,5 @@ def test_knn_rises(version):
             optimizer.step()
             optimizer.clear_grad()
             wrapper.ema_update(epoch * length + number)
-        print(version, epoch, round(loss.item(), 3), round(before, 3), round(knn(wrapper, train, test), 3), flush=True)
-    assert knn(wrapper, train, test) > before + 0.05
+    after = knn(wrapper, train, test)
+    assert after > before + 0.03, (before, after)
