@@ -39,7 +39,7 @@ class MultiCropNetwork(nn.Layer):
     def features(self, crops: Sequence[Tensor]) -> Tensor:
         """What the backbone makes of all crops: [sum of B_i, D]."""
         with paddle.no_grad() if self.frozen else contextlib.nullcontext():
-            return _features(self.backbone, crops)
+            return features_of_crops(self.backbone, crops)
 
     def forward(self, crops: Sequence[Tensor]) -> Tensor:
         # One call for all crops, so that batch norms in the head see them together. In full precision: at half of it
@@ -47,8 +47,12 @@ class MultiCropNetwork(nn.Layer):
         return in_full_precision(self.head, self.features(crops))
 
 
-def _features(backbone: nn.Layer, crops: Sequence[Tensor]) -> Tensor:
-    """[sum of B_i, D], as `backbone` gives them, which is called once for each run of crops of one size."""
+def features_of_crops(backbone: nn.Layer, crops: Sequence[Tensor]) -> Tensor:
+    """[sum of B_i, D], as `backbone` gives them, which is called once for each run of crops of one size; or by its own
+    method of this name.
+    """
+    if hasattr(backbone, "features_of_crops"):
+        return backbone.features_of_crops(crops)
     # Hooks see what they see elsewhere, and a forward of somebody's own has the last word.
     if getattr(backbone.forward, "__func__", None) is TokenTransformer.forward and not has_hooks(backbone):
         return backbone.cls_of_crops(crops)

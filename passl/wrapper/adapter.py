@@ -11,6 +11,7 @@ from typing import Any, Optional
 import paddle
 from paddle import Tensor, nn
 
+from passl.models.multi_crop import features_of_crops
 from passl.models.vision_transformer import TokenTransformer
 from passl.wrapper import positions, taps
 from passl.wrapper.conf import DINOConf
@@ -63,6 +64,10 @@ class TokenFeatures(Features):
     @property
     def mask_token(self) -> Optional[Tensor]:
         return getattr(self.model, "mask_token", None)
+
+    def features_of_crops(self, crops: Sequence[Tensor]) -> Tensor:
+        """See the function of this name."""
+        return self._kept(features_of_crops(self.model, crops))
 
     def forward_crops(
         self, crops: Sequence[Tensor], masks: Optional[Sequence[Optional[Tensor]]] = None

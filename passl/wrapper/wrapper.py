@@ -115,7 +115,7 @@ class DINOWrapper(nn.Layer):
         if isinstance(step, bool) or not isinstance(step, (int, np.integer)) or step < 0:
             raise ValueError(f"step ({step!r}) must be a whole number, the steps of the optimizer before this one")
         self.method.after_step(self._clock.momentum(int(step)))
-        self.next_step.set_value(paddle.full([1], int(step) + 1, "int64"))
+        self.next_step.set_value(paddle.full([1], int(step) + 1, self.next_step.dtype))
         self._forwards_since_update = 0
 
     def half_precision_layers(self) -> list[nn.Layer]:

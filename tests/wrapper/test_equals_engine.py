@@ -16,13 +16,15 @@ from tests.wrapper.small import CROP, IMAGE, crops, small_conf
 
 HEAD = {"out_dim": 16, "hidden_dim": 8, "bottleneck_dim": 4, "use_bn": True}
 VIT = functools.partial(VisionTransformer, img_size=IMAGE, patch_size=8, embed_dim=12, depth=2, num_heads=2)
+HIDING = functools.partial(VIT, mask_token=True)
 
 
 def method(version: str, backbone: object) -> SelfDistillation:
     head = functools.partial(DINOHead, **HEAD)
     if version == "v1":
         return DINO(backbone, head, freeze_last_layer=0)
-    return DINOv2(backbone, head, freeze_last_layer=0, ibot_loss_weight=0.0, layer_decay=1.0)
+    weight = 1.0 if backbone is HIDING else 0.0
+    return DINOv2(backbone, head, freeze_last_layer=0, ibot_loss_weight=weight, layer_decay=1.0)
 
 
 def with_weights_of(engine: SelfDistillation, backbone: object, version: str, **settings: object) -> DINOWrapper:
@@ -43,8 +45,11 @@ def gradients(layer: paddle.nn.Layer) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.smoke
-@pytest.mark.parametrize("backbone", [VIT, resnet18], ids=["ViT", "ResNet"])
-@pytest.mark.parametrize("version", ["v1", "v2"])
+@pytest.mark.parametrize(
+    ("version", "backbone"),
+    [("v1", VIT), ("v2", VIT), ("v1", resnet18), ("v2", resnet18), ("v2", HIDING)],
+    ids=["v1-ViT", "v2-ViT", "v1-ResNet", "v2-ResNet", "v2-iBOT"],
+)
 def test_losses_gradients_centre_and_teacher_are_the_engines(version, backbone):
     paddle.seed(3)
     engine = method(version, backbone)
@@ -53,6 +58,8 @@ def test_losses_gradients_centre_and_teacher_are_the_engines(version, backbone):
     optimizers = [paddle.optimizer.SGD(0.01, parameters=layer.parameters()) for layer in (engine, wrapper)]
     for step in range(3):
         views = crops(seed=step)
+        if backbone is HIDING:
+            views["masks"] = paddle.rand([8, 16]) < 0.3
         expected = engine(views, teacher_temp=0.05)["loss"]
         output, loss = wrapper(views)
         expected.backward()
