@@ -138,6 +138,27 @@ def test_a_run_on_two_processes(folder):
     assert all(np.isfinite(row["loss"]) for row in rows)
 
 
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (
+            {"DataLoader__Train__batch_transform__patch_size": 4},
+            "masks [8, 16] must be [images, patches], here [8, 4]: the patch_size of DataLoader.Train.batch_transform "
+            "must be that of the backbone, 8",
+        ),
+        (
+            {"DataLoader__Train__dataset__transform__local_crops_size": 12},
+            "image height and width (12 x 12) must be multiples of patch_size (8)",
+        ),
+    ],
+)
+def test_batches_that_do_not_fit_the_model_are_told_in_a_line(folder, values, message):
+    done = train(folder, "wrong", **values)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1] == f"error: {message}"
+
+
 # --- what a run is used for ---
 
 
