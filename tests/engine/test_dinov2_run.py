@@ -9,7 +9,7 @@ import paddle
 import pytest
 
 from passl import checkpoint
-from passl.convert import convert
+from passl.convert import ConversionError, convert
 from passl.log import read_metrics
 from passl.models import VisionTransformer
 from tests.engine import dinov2_job, tiny
@@ -182,6 +182,8 @@ def test_both_backbones_are_evaluated(folder, whole):
 
 
 def test_a_run_is_converted_exported_predicted_with_and_looked_at(folder, whole):
+    with pytest.raises(ConversionError, match="a run of DINOv2, .*: --checkpoint-key teacher, or student"):
+        convert(whole / "latest", folder / "run.pth", to="torch")
     convert(whole / "latest", folder / "teacher.pth", to="torch", checkpoint_key="teacher")
     picture = next((folder / "val").rglob("*.png"))
     options = ["-c", folder / "pretrain.yaml", "--image-size", "16", "--knn-bank", folder / "train", "--k", "3"]
