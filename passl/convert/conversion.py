@@ -107,7 +107,8 @@ def _kind(source: Source, options: Options) -> str:
     if len(networks) > 1:
         if any(entry.key.startswith("ibot_loss.") for entry in source.entries):
             raise ConversionError(
-                "the file holds a run of DINOv2, of which one backbone is converted: --checkpoint-key teacher, or student"
+                "the file holds a run of DINOv2, of which one backbone is converted: --checkpoint-key teacher, "
+                "or student"
             )
         return "run"
     parts = source.parts(networks[0] if networks else "")
