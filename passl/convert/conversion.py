@@ -105,6 +105,11 @@ def _kind(source: Source, options: Options) -> str:
     if options.checkpoint_key:
         return "backbone"
     if len(networks) > 1:
+        if any(entry.key.startswith("ibot_loss.") for entry in source.entries):
+            raise ConversionError(
+                "the file holds a run of DINOv2, of which one backbone is converted: --checkpoint-key teacher, "
+                "or student"
+            )
         return "run"
     parts = source.parts(networks[0] if networks else "")
     if any("last_layer.weight_v" in parts.get(part, {}) for part in _HEADS):

@@ -8,6 +8,7 @@ import paddle
 import paddle.nn.functional as F
 from paddle import Tensor, nn
 
+from passl.config import ConfigError
 from passl.models.layers import ZERO, check_positive, in_full_precision
 from passl.models.method import Method
 
@@ -80,9 +81,11 @@ class Classifier(Method):
         self._labels_checked = True
         smallest, largest = label.min().item(), label.max().item()
         if smallest < 0 or largest >= self.num_classes:
-            raise ValueError(
-                f"labels must be in 0 to {self.num_classes - 1} (num_classes is {self.num_classes}), and the batch has "
-                f"labels from {smallest} to {largest}: set num_classes to the number of classes in the data"
+            raise ConfigError(
+                [
+                    f"labels must be in 0 to {self.num_classes - 1} (num_classes is {self.num_classes}), and the batch "
+                    f"has labels from {smallest} to {largest}: set num_classes to the number of classes in the data"
+                ]
             )
 
     def outputs(self, logits: Tensor, label: Tensor, loss: Optional[Tensor] = None) -> dict[str, Tensor]:
@@ -107,6 +110,6 @@ def _check_keys(method: str, batch: dict[str, Tensor]) -> None:
         ("label", "use a data set with labels: class folders (ImageFolder), or a csv list_file with a column 'label'"),
     ):
         if key not in batch:
-            raise ValueError(
-                f"{method} needs '{key}', and the batch has only {', '.join(batch) or 'nothing'}: {remedy}"
+            raise ConfigError(
+                [f"{method} needs '{key}', and the batch has only {', '.join(batch) or 'nothing'}: {remedy}"]
             )

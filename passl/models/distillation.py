@@ -9,6 +9,7 @@ from typing import Optional
 import paddle
 from paddle import Tensor, nn
 
+from passl.config import ConfigError
 from passl.models.layers import learned_parameters
 from passl.models.method import Method
 from passl.models.multi_crop import MultiCropNetwork
@@ -107,11 +108,13 @@ def crops_of(batch: dict[str, Tensor], method: str) -> list[Tensor]:
     """The global crops [2*B, C, H, W] and, if there are any, the local ones [n*B, C, h, w], view by view.
 
     Raises:
-        ValueError: there are no global crops.
+        ConfigError: there are no global crops.
     """
     if "global_crops" not in batch:
-        raise ValueError(
-            f"{method} needs 'global_crops', and the batch has only {', '.join(batch) or 'nothing'}: "
-            "give the data set of DataLoader.Train the transform MultiCrop"
+        raise ConfigError(
+            [
+                f"{method} needs 'global_crops', and the batch has only {', '.join(batch) or 'nothing'}: "
+                "give the data set of DataLoader.Train the transform MultiCrop"
+            ]
         )
     return [batch["global_crops"]] + ([batch["local_crops"]] if "local_crops" in batch else [])

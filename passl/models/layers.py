@@ -15,6 +15,7 @@ from paddle import Tensor, nn
 from paddle.autograd import PyLayer, PyLayerContext
 
 from passl import distributed
+from passl.config import ConfigError
 from passl.models import functional
 
 # The official trunc_normal_(std=0.02) cuts at +-2, which is 100 standard deviations: a plain normal. Paddle's
@@ -52,11 +53,12 @@ def check_positive(**sizes: int) -> None:
 
 
 def check_image_size(height: int, width: int, patch_size: int) -> None:
-    """Raises ValueError for sides in pixels that patches do not fill. Those that a program which is being exported does
+    """Raises ConfigError for sides in pixels that patches do not fill. Those that a program being exported does
     not know yet (tensors) pass.
     """
     if isinstance(height, int) and isinstance(width, int) and (height % patch_size or width % patch_size):
-        raise ValueError(f"image height and width ({height} x {width}) must be multiples of patch_size ({patch_size})")
+        problem = f"image height and width ({height} x {width}) must be multiples of patch_size ({patch_size})"
+        raise ConfigError([problem])
 
 
 class Linear(nn.Linear):
@@ -166,7 +168,8 @@ def _normalise_by_own(layer: nn.Layer, x: Tensor) -> tuple[Tensor, Tensor, Tenso
     """(normalised x, mean [C], unbiased variance [C]) by the statistics of this process's batch."""
     count = x.size // x.shape[1]
     if count < 2:
-        raise ValueError(f"batch norm needs at least 2 values per channel in training, got {count}: use larger batches")
+        problem = f"batch norm needs at least 2 values per channel in training, got {count}: use larger batches"
+        raise ConfigError([problem])
     mean, variance = paddle.zeros_like(layer._mean), paddle.zeros_like(layer._variance)
     # Momentum 0 brings out the batch's own statistics; the kernel knows others in float32 only.
     y = F.batch_norm(x, mean, variance, layer.weight, layer.bias, True, 0.0, layer._epsilon)

@@ -6,6 +6,7 @@ import functools
 
 from paddle import Tensor, nn
 
+from passl.config import ConfigError
 from passl.models.layers import INIT_STD, Linear, check_positive
 from passl.models.positions import Mode
 from passl.models.vision_transformer import Block, TokenTransformer
@@ -51,7 +52,8 @@ class RegionTransformer(TokenTransformer):
 
     def embed(self, images: Tensor) -> Tensor:
         if images.shape[1] != self.in_chans:
-            raise ValueError(f"the features of the patches are {images.shape[1]} wide, and in_chans is {self.in_chans}")
+            problem = f"the features of the patches are {images.shape[1]} wide, and in_chans is {self.in_chans}"
+            raise ConfigError([problem])
         return self.phi(images.flatten(2).transpose([0, 2, 1]))
 
 

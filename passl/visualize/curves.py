@@ -60,13 +60,15 @@ def plot_run(folder: Path, target: Path, metric: str, baselines: Optional[Mappin
 
 
 def draw_run(rows: Sequence[Mapping[str, Any]]) -> Any:
-    """The training loss and all that was measured over the epochs, as a matplotlib Figure; None without any rows.
+    """The training loss, its parts and all that was measured over the epochs, as a matplotlib Figure; None without any
+    rows.
 
     rows: of ``metrics.jsonl``.
     """
     train = [row for row in rows if row.get("phase") == "train" and "loss" in row]
     measured = [row for row in rows if row.get("phase") == "eval"]
-    panels = [("training loss", ["loss"], train)] if train else []
+    parts = dict.fromkeys(key for row in train for key in row if key.endswith("_loss"))
+    panels = [("training loss", ["loss", *parts], train)] if train else []
     panels += [(title, keys, measured) for title, keys in metric_families(measured).items()]
     if train and "lr" in train[0]:
         panels.append(("learning rate", ["lr"], train))

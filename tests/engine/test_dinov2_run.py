@@ -9,7 +9,7 @@ import paddle
 import pytest
 
 from passl import checkpoint
-from passl.convert import convert
+from passl.convert import ConversionError, convert
 from passl.log import read_metrics
 from passl.models import VisionTransformer
 from tests.engine import dinov2_job, tiny
@@ -138,6 +138,27 @@ def test_a_run_on_two_processes(folder):
     assert all(np.isfinite(row["loss"]) for row in rows)
 
 
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (
+            {"DataLoader__Train__batch_transform__patch_size": 4},
+            "masks [8, 16] must be [images, patches], here [8, 4]: the patch_size of DataLoader.Train.batch_transform "
+            "must be that of the backbone, 8",
+        ),
+        (
+            {"DataLoader__Train__dataset__transform__local_crops_size": 12},
+            "image height and width (12 x 12) must be multiples of patch_size (8)",
+        ),
+    ],
+)
+def test_batches_that_do_not_fit_the_model_are_told_in_a_line(folder, values, message):
+    done = train(folder, "wrong", **values)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1] == f"error: {message}"
+
+
 # --- what a run is used for ---
 
 
@@ -161,6 +182,8 @@ def test_both_backbones_are_evaluated(folder, whole):
 
 
 def test_a_run_is_converted_exported_predicted_with_and_looked_at(folder, whole):
+    with pytest.raises(ConversionError, match="a run of DINOv2, .*: --checkpoint-key teacher, or student"):
+        convert(whole / "latest", folder / "run.pth", to="torch")
     convert(whole / "latest", folder / "teacher.pth", to="torch", checkpoint_key="teacher")
     picture = next((folder / "val").rglob("*.png"))
     options = ["-c", folder / "pretrain.yaml", "--image-size", "16", "--knn-bank", folder / "train", "--k", "3"]

@@ -142,8 +142,10 @@ def temperature_of(logits: np.ndarray, probabilities: np.ndarray) -> float:
         x = x.reshape(-1, x.shape[-1]).astype(np.float64)
         return x - x.mean(0) - x.mean(1, keepdims=True) + x.mean()
 
-    x = centred(logits)
-    return round((x * x).sum() / (x * centred(np.log(probabilities))).sum(), 4)
+    # Columns in which no probability is too small for its type to tell.
+    told = (probabilities.reshape(-1, logits.shape[-1]) > np.finfo(probabilities.dtype).tiny).all(0)
+    x = centred(logits[..., told])
+    return round((x * x).sum() / (x * centred(np.log(probabilities[..., told]))).sum(), 4)
 
 
 def ibot_loss(case: dict) -> IBOTLoss:

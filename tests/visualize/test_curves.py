@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from passl.log import MetricsFile
-from passl.visualize.curves import plot_run
+from passl.visualize.curves import draw_run, plot_run
 
 
 def write_run(folder: Path) -> Path:
@@ -35,3 +35,13 @@ def test_curves_and_baselines_are_drawn(tmp_path: Path) -> None:
 def test_nothing_to_draw_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no accuracy to draw"):
         plot_run(write_run(tmp_path / "run"), tmp_path / "x.png", "accuracy")
+
+
+def test_the_parts_of_a_loss_are_drawn_with_it() -> None:
+    rows = [
+        {"step": step, "epoch": 1, "phase": "train", "loss": 3.0, "dino_loss": 2.0, "koleo_loss": -1.0, "top1": 5.0}
+        for step in (1, 2)
+    ]
+    axes = draw_run(rows).axes[0]
+    assert [line.get_label() for line in axes.lines] == ["loss", "dino_loss", "koleo_loss"]
+    assert [line.get_ydata()[0] for line in axes.lines] == [3.0, 2.0, -1.0]

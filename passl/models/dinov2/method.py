@@ -8,6 +8,7 @@ from typing import Callable, Optional, Union
 import paddle
 from paddle import Tensor, nn
 
+from passl.config import ConfigError
 from passl.models.centering import Centering
 from passl.models.dino_loss import DINOLoss
 from passl.models.dinov2.ibot_loss import IBOTLoss
@@ -123,17 +124,21 @@ class DINOv2(SelfDistillation):
         if not self._hides_patches:
             return None
         if "masks" not in batch:
-            raise ValueError(
-                "DINOv2 needs 'masks', the patches to hide from the student: give DataLoader.Train the batch_transform "
-                "BlockMasks, or the model ibot_loss_weight: 0"
+            raise ConfigError(
+                [
+                    "DINOv2 needs 'masks', the patches to hide from the student: give DataLoader.Train the "
+                    "batch_transform BlockMasks, or the model ibot_loss_weight: 0"
+                ]
             )
         masks, (num_images, _, height, width) = batch["masks"], batch["global_crops"].shape
         side = self.student.backbone.patch_size
         expected = [num_images, (height // side) * (width // side)]
         if list(masks.shape) != expected:
-            raise ValueError(
-                f"masks {list(masks.shape)} must be [images, patches], here {expected}: the patch_size of "
-                f"DataLoader.Train.batch_transform must be that of the backbone, {side}"
+            raise ConfigError(
+                [
+                    f"masks {list(masks.shape)} must be [images, patches], here {expected}: the patch_size of "
+                    f"DataLoader.Train.batch_transform must be that of the backbone, {side}"
+                ]
             )
         return masks.astype("bool")
 

@@ -8,6 +8,7 @@ import paddle
 import paddle.nn.functional as F
 from paddle import Tensor, nn
 
+from passl.config import ConfigError
 from passl.models.layers import BatchNorm1D, Linear, check_positive, in_full_precision
 from passl.models.method import Method
 from passl.registry import METHODS
@@ -40,9 +41,11 @@ class SimSiam(Method):
             loss: -1 is the best. output_std: 1 if the projections point everywhere, 0 if all are alike: collapsed.
         """
         if "global_crops" not in batch:
-            raise ValueError(
-                f"SimSiam needs 'global_crops', and the batch has only {', '.join(batch) or 'nothing'}: give the data "
-                "set of DataLoader.Train the transform MultiCrop with num_local_crops: 0"
+            raise ConfigError(
+                [
+                    f"SimSiam needs 'global_crops', and the batch has only {', '.join(batch) or 'nothing'}: give the "
+                    "data set of DataLoader.Train the transform MultiCrop with num_local_crops: 0"
+                ]
             )
         # One after the other: the batch norms see one view of each image.
         features = [self.backbone(view) for view in batch["global_crops"].chunk(2)]
