@@ -97,6 +97,9 @@ def _of_views(values: Mapping[str, Any]) -> Iterator[str]:
     for name in ("global_crops_scale", "local_crops_scale"):
         if not _is_range(values[name]) or not values[name][0] > 0:
             yield f"{name} ({values[name]!r}) must be (low, high), shares of the image's area above 0 and at most 1"
+    for name in ("mean", "std"):
+        if not isinstance(values[name], tuple) or not values[name] or not all(map(is_number, values[name])):
+            yield f"{name} ({values[name]!r}) must be a list of one number for each channel, such as [0.5]"
 
 
 def _of_features(values: Mapping[str, Any]) -> Iterator[str]:

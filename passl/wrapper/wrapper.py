@@ -218,7 +218,7 @@ def _method(features: Features, conf: DINOConf) -> SelfDistillation:
     if several:
         head = functools.partial(_parallel_heads, embed_dims=features.embed_dims, head=head)
     shared = {"student_temp": conf.student_temp, "center_momentum": conf.center_momentum}
-    backbone = _Once(features)
+    backbone = _Once(features, conf)
     if conf.version == "v1":
         method = DINO(backbone, head, freeze_last_layer=conf.freeze_last_layer, **shared)
     else:
@@ -242,12 +242,12 @@ def _method(features: Features, conf: DINOConf) -> SelfDistillation:
 class _Once:
     """A builder that gives ``features`` first and copies of them from then on: the student, then the teacher."""
 
-    def __init__(self, features: Features) -> None:
+    def __init__(self, features: Features, conf: DINOConf) -> None:
         self._make: Callable[[], Features] = lambda: features
-        self._features = features
+        self._features, self._conf = features, conf
 
     def __call__(self) -> Features:
-        made, self._make = self._make(), lambda: teacher_of(self._features)
+        made, self._make = self._make(), lambda: teacher_of(self._features, self._conf)
         return made
 
 
