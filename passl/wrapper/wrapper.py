@@ -139,7 +139,8 @@ class DINOWrapper(nn.Layer):
     def _trained(self, crops: dict[str, Tensor], epoch: int) -> tuple[Tensor, Tensor]:
         self._check_batch(crops)
         step = int(self.next_step.item())
-        self._freeze_last_layer(self._clock.epoch(epoch, step) < self.configs.freeze_last_layer)
+        epochs = self.configs.freeze_last_layer
+        self._freeze_last_layer(epochs is None or self._clock.epoch(epoch, step) < epochs)
         student = self.method.student.backbone
         student.keep_first()
         losses = dict(self.method(crops, teacher_temp=self._clock.teacher_temp(epoch, step)))
@@ -218,15 +219,16 @@ def _method(features: Features, conf: DINOConf) -> SelfDistillation:
     if several:
         head = functools.partial(_parallel_heads, embed_dims=features.embed_dims, head=head)
     shared = {"student_temp": conf.student_temp, "center_momentum": conf.center_momentum}
+    frozen = conf.epochs if conf.freeze_last_layer is None else conf.freeze_last_layer
     backbone = _Once(features, conf)
     if conf.version == "v1":
-        method = DINO(backbone, head, freeze_last_layer=conf.freeze_last_layer, **shared)
+        method = DINO(backbone, head, freeze_last_layer=frozen, **shared)
     else:
         shared["centering"] = conf.centering
         method = DINOv2(
             backbone,
             head,
-            freeze_last_layer=conf.freeze_last_layer,
+            freeze_last_layer=frozen,
             ibot_loss_weight=_ibot_weight(features, conf),
             koleo_loss_weight=conf.koleo_loss_weight,
             layer_decay=1.0,

@@ -120,6 +120,15 @@ def test_the_last_layer_stays_as_it_is_in_the_first_epochs(optimizer):
     assert not np.allclose(directions[3], directions[2], atol=1e-6)
 
 
+def test_by_default_it_stays_as_it_is_throughout():
+    wrapper = small_wrapper(freeze_last_layer=None, epochs=1, len_train_loader=2)
+    weight = wrapper.method.student.head.last_layer.weight_v
+    before = weight.numpy()
+    train(wrapper, 4)  # also behind the epochs
+    np.testing.assert_array_equal(weight.numpy(), before)
+    assert DINOConf().freeze_last_layer is None
+
+
 def test_with_the_length_of_an_epoch_the_epoch_need_not_be_told():
     wrapper = small_wrapper(freeze_last_layer=1, len_train_loader=2)
     weight = wrapper.method.student.head.last_layer.weight_v
