@@ -130,7 +130,7 @@ class DINOWrapper(nn.Layer):
     def _crops(self, images: Images) -> dict[str, Tensor]:
         seed = [self.configs.seed, distributed.rank(), int(self.num_forwards.item())]
         rng = np.random.default_rng(seed)
-        crops = self._views.crops(images, rng)
+        crops = {name: self._in_its_type(crop) for name, crop in self._views.crops(images, rng).items()}
         if self._masks is not None and "masks" not in crops:
             crops["masks"] = paddle.to_tensor(self._masks(crops, rng)["masks"])
         self.num_forwards += 1
@@ -199,7 +199,12 @@ class DINOWrapper(nn.Layer):
     def _evaluated(self, images: Images) -> Tensor:
         teacher = self.method.teacher.backbone
         with trying(teacher):
-            return teacher(self._views.whole(images))
+            return teacher(self._in_its_type(self._views.whole(images)))
+
+    def _in_its_type(self, images: Tensor) -> Tensor:
+        """Views are made in float32; networks of float64 take no others than their own."""
+        is_double = self.method.student.head.last_layer.parameters()[0].dtype == paddle.float64
+        return images.astype("float64") if is_double and images.is_floating_point() else images
 
 
 def _settings(configs: Any) -> DINOConf:

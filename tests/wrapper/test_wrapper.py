@@ -99,6 +99,18 @@ def test_a_copy_goes_on_the_same_way():
         np.testing.assert_array_equal(layer.numpy(), before)
 
 
+@pytest.mark.parametrize("settings", [{}, {"return_layer": ["stem", "body"]}])
+def test_networks_of_float64_take_the_same_images(settings):
+    paddle.set_default_dtype("float64")
+    try:
+        wrapper = small_wrapper(**settings)
+    finally:
+        paddle.set_default_dtype("float32")
+    output, loss = wrapper(batch())
+    loss.backward()
+    assert output.dtype == loss.dtype == wrapper(batch(), mode="val").dtype == paddle.float64
+
+
 # --- the last layer ---
 
 
