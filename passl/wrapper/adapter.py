@@ -15,8 +15,8 @@ from passl.models.multi_crop import features_of_crops
 from passl.models.vision_transformer import TokenTransformer
 from passl.wrapper import positions, taps
 from passl.wrapper.conf import DINOConf
-from passl.wrapper.reading import Reading
-from passl.wrapper.taps import Tap, Taps
+from passl.wrapper.reading import NoFeaturesError, Reading
+from passl.wrapper.taps import NotPassedError, Tap, Taps
 
 logger = logging.getLogger("passl")
 
@@ -60,6 +60,10 @@ class Features(nn.Layer):
 
 class TokenFeatures(Features):
     """The same of passl's own transformers, which give all their tokens, and take crops of several sizes at once."""
+
+    @property
+    def patch_size(self) -> int:
+        return self.model.patch_size
 
     @property
     def mask_token(self) -> Optional[Tensor]:
@@ -122,6 +126,8 @@ def _first_that_works(model: nn.Layer, choices: Sequence[tuple[Tap, ...]], conf:
             return _tried(model, choice, conf)
         except ValueError as error:
             errors.append(error)
+    if conf.return_layer is None and all(isinstance(error.__cause__, NotPassedError) for error in errors):
+        return _tried(model, (), conf)  # a classifier that is not called, or not as a layer, is none
     raise errors[0]
 
 
@@ -209,6 +215,8 @@ def _why_not(model: nn.Layer, kind: str, images: Tensor, error: Exception, own_s
             "return_layer to a layer that any size reaches"
         )
     tried = f"{name} was tried with {kind} crops of {height} x {width} px, {channels} channels"
+    if isinstance(error, NoFeaturesError):
+        return f"{tried}: {reason}"
     return f"{tried}: {reason.rstrip('.')}. What to set: {advice}"
 
 
@@ -225,11 +233,11 @@ def trying(model: nn.Layer) -> Iterator[None]:
             layer.training = was_training
 
 
-def teacher_of(student: Features) -> Features:
+def teacher_of(student: Features, conf: DINOConf) -> Features:
     """A copy for the teacher, without dropout and stochastic depth.
 
     Raises:
-        ValueError: the model cannot be copied.
+        ValueError: the model cannot be copied, or the copy computes with the model's own layers.
     """
     try:
         teacher = copy.deepcopy(student)
@@ -243,7 +251,36 @@ def teacher_of(student: Features) -> Features:
             for name in _DROP_RATES:
                 if isinstance(getattr(layer, name, None), float):
                     setattr(layer, name, 0.0)
+    _check_copy(student, teacher, paddle.zeros([2, len(conf.mean), *_pair(conf.global_crop_size)]))
     return teacher
+
+
+def _check_copy(student: Features, teacher: Features, images: Tensor) -> None:
+    """A lambda, or a function in a function, is not copied: it still knows the model that it was made with, and the
+    teacher would be the student."""
+    called: list[str] = []
+    name = type(student.model).__name__
+    handles = [
+        layer.register_forward_pre_hook(lambda _, inputs, path=path: called.append(path))
+        for path, layer in student.model.named_sublayers(include_self=True)
+    ]
+    advice = "make what computes it a method of the class, not a lambda or a function that knows the model"
+    try:
+        with trying(teacher), trying(student):
+            teacher(images)
+    except Exception as error:
+        raise ValueError(
+            f"the copy of {name} for the teacher fails where {name} does not ({type(error).__name__}: {error}): "
+            f"{advice}"
+        ) from error
+    finally:
+        for handle in handles:
+            handle.remove()
+    if called:
+        raise ValueError(
+            f"the copy of {name} for the teacher calls the layers of the original ({called[0] or name}), and would not "
+            f"be a teacher of its own: {advice}"
+        )
 
 
 def _pair(size: Any) -> tuple[int, int]:

@@ -95,7 +95,7 @@ class Settings:
     num_layers: int = 3
     use_bn: bool = True
     norm_last_layer: bool = True
-    freeze_last_layer: int = 0
+    freeze_last_layer: Optional[int] = None
     # losses
     student_temp: float = 0.1
     warmup_teacher_temp: float = 0.04

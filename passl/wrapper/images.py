@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Union
 
@@ -145,6 +146,8 @@ def _is_on_cpu(images: Tensor) -> bool:
 
 def _wrong_range(low: float, high: float) -> str:
     found = f"images have values from {low:.3g} to {high:.3g}; floats must be in [0, 1]"
+    if not math.isfinite(low + high):
+        return f"{found}: some are NaN or infinite"
     if low >= 0 and high <= 255:
         return f"{found}: divide by 255, or give uint8"
     return f"{found}, not normalised: leave out Normalize, the wrapper does it with mean and std"

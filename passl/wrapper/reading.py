@@ -11,6 +11,10 @@ from passl.wrapper.positions import FixedPositions
 from passl.wrapper.taps import Tap, Taps
 
 
+class NoFeaturesError(ValueError):
+    """What is there are no features; the message says what to set."""
+
+
 class Reading(NamedTuple):
     """where: the taps. preprocess_func: the user's. positions: those to resize, of a transformer of one image size."""
 
@@ -22,8 +26,8 @@ class Reading(NamedTuple):
         """The features [B, D] of each place. images: [B, C, H, W]
 
         Raises:
-            ValueError: what is there are no features.
-            RuntimeError: the model's forward does not come by a place.
+            NoFeaturesError: what is there are no features.
+            NotPassedError: the model's forward does not come by a place.
         """
         with self.at(model, images):
             found = self.where.outputs(model, images)
@@ -44,7 +48,7 @@ class Reading(NamedTuple):
         if self.preprocess_func is not None:
             output, owner = self.preprocess_func(output), f"preprocess_func of what {owner} gives"
         if not isinstance(output, Tensor):
-            raise ValueError(
+            raise NoFeaturesError(
                 f"{owner} is {_described(output)}, not one Tensor of features: set return_layer to the name of a "
                 "sublayer that gives one, or preprocess_func to a function that picks it, such as lambda outputs: "
                 "outputs[0]"
@@ -55,7 +59,7 @@ class Reading(NamedTuple):
         elif len(shape) == 3:
             output = output[:, 0] if has_cls_token(model) else output.mean(1)
         if output.ndim != 2 or output.shape[0] != rows:
-            raise ValueError(
+            raise NoFeaturesError(
                 f"{owner} is {shape} for {rows} images; features are [B, D], [B, D, H, W] (their mean is taken) or "
                 "[B, N, D] ([CLS] or their mean): set preprocess_func to a function that makes them so"
             )

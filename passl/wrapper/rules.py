@@ -14,7 +14,7 @@ POSITIVE = (
     "bottleneck_dim",
     "num_layers",
 )
-NOT_NEGATIVE = ("local_crops_number", "freeze_last_layer", "warmup_teacher_temp_epochs", "seed")
+NOT_NEGATIVE = ("local_crops_number", "warmup_teacher_temp_epochs", "seed")
 TEMPERATURES = ("student_temp", "warmup_teacher_temp", "teacher_temp")
 SHARES = ("momentum_teacher", "center_momentum", "mask_prob")
 WEIGHTS = ("koleo_loss_weight", "ibot_loss_weight")
@@ -57,6 +57,9 @@ def _of_counts(values: Mapping[str, Any]) -> Iterator[str]:
             f"len_train_loader ({length!r}) must be the number of batches in an epoch, len(train_loader), or None if "
             "it is not known"
         )
+    frozen = values["freeze_last_layer"]
+    if frozen is not None and (not is_count(frozen) or frozen < 0):
+        yield f"freeze_last_layer ({frozen!r}) must be a whole number of epochs, at least 0, or None for all"
     warmup, epochs = values["warmup_teacher_temp_epochs"], values["epochs"]
     if is_count(warmup) and is_count(epochs) and warmup > epochs:
         yield f"warmup_teacher_temp_epochs ({warmup}) must be at most epochs ({epochs})"
@@ -97,6 +100,9 @@ def _of_views(values: Mapping[str, Any]) -> Iterator[str]:
     for name in ("global_crops_scale", "local_crops_scale"):
         if not _is_range(values[name]) or not values[name][0] > 0:
             yield f"{name} ({values[name]!r}) must be (low, high), shares of the image's area above 0 and at most 1"
+    for name in ("mean", "std"):
+        if not isinstance(values[name], tuple) or not values[name] or not all(map(is_number, values[name])):
+            yield f"{name} ({values[name]!r}) must be a list of one number for each channel, such as [0.5]"
 
 
 def _of_features(values: Mapping[str, Any]) -> Iterator[str]:

@@ -33,6 +33,10 @@ class _ReachedError(Exception):
     """All that is asked for is there: what comes after it in the model has not to be computed."""
 
 
+class NotPassedError(RuntimeError):
+    """The forward pass of the model does not come by a tap."""
+
+
 def candidates(model: nn.Layer) -> list[tuple[Tap, ...]]:
     """Where the features may be, the best first; () is the model's output."""
     if type(model).__module__.startswith("paddle.vision.models") and type(model).__name__ in _OF_PADDLE:
@@ -91,14 +95,16 @@ class Taps:
         """What the model gives, or what each tap saw last.
 
         Raises:
-            RuntimeError: a tap was not passed.
+            NotPassedError: a tap was not passed.
         """
         if not self.taps:
             return [model(images)]
         seen, _ = self.run(model, images)
         missing = [tap.name for tap in self.taps if tap not in seen]
         if missing:
-            raise RuntimeError(f"the forward pass of {type(model).__name__} does not call its sublayer {missing[0]!r}")
+            raise NotPassedError(
+                f"the forward pass of {type(model).__name__} does not call its sublayer {missing[0]!r}"
+            )
         return [seen[tap] for tap in self.taps]
 
     def run(self, model: nn.Layer, images: Tensor) -> tuple[dict[Tap, Any], dict[Tap, int]]:
@@ -130,5 +136,6 @@ def sublayer(model: nn.Layer, name: str) -> nn.Layer:
 def _hook(model: nn.Layer, tap: Tap, see: Any) -> Any:
     layer = sublayer(model, tap.name)
     if tap.side == "input":
-        return layer.register_forward_pre_hook(lambda _, inputs: see(tap, inputs[0]))
+        # Paddle does not show a hook what is given by keyword: nothing is seen then.
+        return layer.register_forward_pre_hook(lambda _, inputs: see(tap, inputs[0]) if inputs else None)
     return layer.register_forward_post_hook(lambda _, inputs, output: see(tap, output))

@@ -130,7 +130,7 @@ class DINOWrapper(nn.Layer):
     def _crops(self, images: Images) -> dict[str, Tensor]:
         seed = [self.configs.seed, distributed.rank(), int(self.num_forwards.item())]
         rng = np.random.default_rng(seed)
-        crops = self._views.crops(images, rng)
+        crops = {name: self._in_its_type(crop) for name, crop in self._views.crops(images, rng).items()}
         if self._masks is not None and "masks" not in crops:
             crops["masks"] = paddle.to_tensor(self._masks(crops, rng)["masks"])
         self.num_forwards += 1
@@ -139,7 +139,8 @@ class DINOWrapper(nn.Layer):
     def _trained(self, crops: dict[str, Tensor], epoch: int) -> tuple[Tensor, Tensor]:
         self._check_batch(crops)
         step = int(self.next_step.item())
-        self._freeze_last_layer(self._clock.epoch(epoch, step) < self.configs.freeze_last_layer)
+        epochs = self.configs.freeze_last_layer
+        self._freeze_last_layer(epochs is None or self._clock.epoch(epoch, step) < epochs)
         student = self.method.student.backbone
         student.keep_first()
         losses = dict(self.method(crops, teacher_temp=self._clock.teacher_temp(epoch, step)))
@@ -198,7 +199,12 @@ class DINOWrapper(nn.Layer):
     def _evaluated(self, images: Images) -> Tensor:
         teacher = self.method.teacher.backbone
         with trying(teacher):
-            return teacher(self._views.whole(images))
+            return teacher(self._in_its_type(self._views.whole(images)))
+
+    def _in_its_type(self, images: Tensor) -> Tensor:
+        """Views are made in float32; networks of float64 take no others than their own."""
+        is_double = self.method.student.head.last_layer.parameters()[0].dtype == paddle.float64
+        return images.astype("float64") if is_double and images.is_floating_point() else images
 
 
 def _settings(configs: Any) -> DINOConf:
@@ -218,15 +224,16 @@ def _method(features: Features, conf: DINOConf) -> SelfDistillation:
     if several:
         head = functools.partial(_parallel_heads, embed_dims=features.embed_dims, head=head)
     shared = {"student_temp": conf.student_temp, "center_momentum": conf.center_momentum}
-    backbone = _Once(features)
+    frozen = conf.epochs if conf.freeze_last_layer is None else conf.freeze_last_layer
+    backbone = _Once(features, conf)
     if conf.version == "v1":
-        method = DINO(backbone, head, freeze_last_layer=conf.freeze_last_layer, **shared)
+        method = DINO(backbone, head, freeze_last_layer=frozen, **shared)
     else:
         shared["centering"] = conf.centering
         method = DINOv2(
             backbone,
             head,
-            freeze_last_layer=conf.freeze_last_layer,
+            freeze_last_layer=frozen,
             ibot_loss_weight=_ibot_weight(features, conf),
             koleo_loss_weight=conf.koleo_loss_weight,
             layer_decay=1.0,
@@ -242,12 +249,12 @@ def _method(features: Features, conf: DINOConf) -> SelfDistillation:
 class _Once:
     """A builder that gives ``features`` first and copies of them from then on: the student, then the teacher."""
 
-    def __init__(self, features: Features) -> None:
+    def __init__(self, features: Features, conf: DINOConf) -> None:
         self._make: Callable[[], Features] = lambda: features
-        self._features = features
+        self._features, self._conf = features, conf
 
     def __call__(self) -> Features:
-        made, self._make = self._make(), lambda: teacher_of(self._features)
+        made, self._make = self._make(), lambda: teacher_of(self._features, self._conf)
         return made
 
 

@@ -49,7 +49,7 @@ class FixedViT(nn.Layer):
 
 def small_conf(**settings: Any) -> DINOConf:
     sizes = {"global_crop_size": IMAGE, "local_crop_size": CROP, "local_crops_number": 2}
-    head = {"out_dim": 16, "hidden_dim": 8, "bottleneck_dim": 4}
+    head = {"out_dim": 16, "hidden_dim": 8, "bottleneck_dim": 4, "freeze_last_layer": 0}
     return DINOConf(**{**sizes, **head, **settings})
 
 

@@ -379,3 +379,58 @@ def test_other_sides_than_squares():
     train(wrapper, 1)
     assert shapes == [[24, 40], [12, 20]]
     assert isinstance(resnet18(), ResNet)
+
+
+class ByKeyword(SmallNet):
+    def forward(self, images):
+        return self.fc(input=self.body(self.stem(images)).mean([2, 3]))
+
+
+class Functional(SmallNet):
+    def forward(self, images):
+        return self.body(self.stem(images)).mean([2, 3]) @ self.fc.weight
+
+
+@pytest.mark.parametrize("model", [ByKeyword, Functional])
+def test_a_classifier_that_hooks_do_not_see_is_none(model):
+    assert DINOWrapper(model(), small_conf()).embed_dim == 10
+
+
+def test_of_outputs_that_are_no_features_the_error_says_only_what_helps():
+    class Several(SmallNet):
+        def forward(self, images):
+            return super().forward(images), images
+
+    with pytest.raises(ValueError, match=r"is a tuple of 2, .* such as lambda outputs: outputs\[0\]$"):
+        DINOWrapper(nn.Sequential(Several()), small_conf())
+
+
+class KnowsItself(SmallNet):
+    """Its copies compute with the layers of the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pooled = lambda images: self.body(self.stem(images)).mean([2, 3])
+
+    def forward(self, images):
+        return self.pooled(images)
+
+
+class Remembers(SmallNet):
+    """Its copies' hooks write to the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = []
+        self.body.register_forward_post_hook(lambda layer, inputs, output: self.seen.append(output))
+
+    def forward(self, images):
+        self.body(self.stem(images))
+        return self.seen.pop().mean([2, 3])
+
+
+def test_a_model_whose_copy_is_not_its_own_is_refused():
+    with pytest.raises(ValueError, match="calls the layers of the original .* make what computes it a method"):
+        DINOWrapper(KnowsItself(), small_conf())
+    with pytest.raises(ValueError, match="the copy of Remembers .* fails where Remembers does not .*IndexError"):
+        DINOWrapper(Remembers(), small_conf())

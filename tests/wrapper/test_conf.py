@@ -189,3 +189,11 @@ def test_wrong_files(tmp_path, text, message):
 def test_importing_passl_does_not_import_paddle():
     program = "import passl, sys; assert 'paddle' not in sys.modules; passl.DINOConf; passl.DINOWrapper"
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+@pytest.mark.parametrize("value", [0.5, (), ("a", "b"), (0.5, None)])
+def test_mean_and_std_are_lists_of_numbers(value):
+    with pytest.raises(
+        ConfigError, match=r"mean \(.*\) must be a list of one number for each channel, such as \[0.5\]"
+    ):
+        DINOConf(mean=value)

@@ -124,3 +124,8 @@ def test_other_images_are_errors_that_say_what_to_give(images, message, mode):
     if mode == "whole" and isinstance(images(), dict):
         message = "mode='val' takes images, not views"
     assert message in str(caught.value)
+
+
+def test_of_not_a_number_the_error_does_not_say_normalised():
+    with pytest.raises(ValueError, match="some are NaN or infinite$"):
+        small_wrapper()([np.full([8, 8, 3], np.nan)] * 2)

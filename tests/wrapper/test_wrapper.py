@@ -99,6 +99,18 @@ def test_a_copy_goes_on_the_same_way():
         np.testing.assert_array_equal(layer.numpy(), before)
 
 
+@pytest.mark.parametrize("settings", [{}, {"return_layer": ["stem", "body"]}])
+def test_networks_of_float64_take_the_same_images(settings):
+    paddle.set_default_dtype("float64")
+    try:
+        wrapper = small_wrapper(**settings)
+    finally:
+        paddle.set_default_dtype("float32")
+    output, loss = wrapper(batch())
+    loss.backward()
+    assert output.dtype == loss.dtype == wrapper(batch(), mode="val").dtype == paddle.float64
+
+
 # --- the last layer ---
 
 
@@ -118,6 +130,15 @@ def test_the_last_layer_stays_as_it_is_in_the_first_epochs(optimizer):
         directions.append(weight.numpy() / np.linalg.norm(weight.numpy(), axis=0))
     np.testing.assert_allclose(directions[2], directions[0], atol=1e-6)
     assert not np.allclose(directions[3], directions[2], atol=1e-6)
+
+
+def test_by_default_it_stays_as_it_is_throughout():
+    wrapper = small_wrapper(freeze_last_layer=None, epochs=1, len_train_loader=2)
+    weight = wrapper.method.student.head.last_layer.weight_v
+    before = weight.numpy()
+    train(wrapper, 4)  # also behind the epochs
+    np.testing.assert_array_equal(weight.numpy(), before)
+    assert DINOConf().freeze_last_layer is None
 
 
 def test_with_the_length_of_an_epoch_the_epoch_need_not_be_told():
