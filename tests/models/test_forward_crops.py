@@ -225,6 +225,21 @@ def test_network_over_crops(backbone, hooked):
     assert [shape[0] for shape in seen] == ([3, 3] if hooked else [])
 
 
+class Shift(paddle.nn.Layer):
+    """Somebody's own block."""
+
+    def forward(self, x, mask=None):
+        return x + 1.0
+
+
+def test_blocks_of_somebodys_own():
+    backbone = VisionTransformer(16, 8, 3, 12, 2, 2)
+    backbone.blocks[1] = Shift()
+    network = MultiCropNetwork(backbone, paddle.nn.Identity())
+    crops = [paddle.randn([2, 3, 16, 16]), paddle.randn([3, 3, 8, 8])]
+    assert_same([network(crops)], [paddle.concat([backbone(crop) for crop in crops])], 1e-6)
+
+
 def test_the_last_block_computes_the_cls_alone(monkeypatch):
     network = MultiCropNetwork(VisionTransformer(16, 8, 3, 12, 2, 2), paddle.nn.Identity())
     tokens = []
