@@ -15,6 +15,7 @@ from passl.models.layers import (
     Mlp,
     SwiGLU,
     check_image_size,
+    has_hooks,
     torch_uniform,
 )
 from passl.models.packs import Sizes
@@ -112,6 +113,11 @@ class Block(nn.Layer):
         shortcut, own_sizes = packs.first_tokens(x, sizes) if cls_only else (x, sizes)
         x = self.drop_path.add(shortcut, own_sizes, attend, x, mask, sizes)
         return self.drop_path.add(x, own_sizes, transform, x, None, own_sizes)
+
+
+def are_unchanged(blocks: nn.LayerList) -> bool:
+    """Whether all are those of this file, without hooks. Others take batches alone, and give all tokens."""
+    return all(type(block).forward is Block.forward for block in blocks) and not has_hooks(blocks)
 
 
 class PatchEmbed(nn.Layer):

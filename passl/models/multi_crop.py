@@ -9,7 +9,7 @@ import paddle
 from paddle import Tensor, nn
 
 from passl.models import packs
-from passl.models.blocks import Block
+from passl.models.blocks import are_unchanged
 from passl.models.layers import has_hooks, in_full_precision
 from passl.models.vision_transformer import TokenTransformer
 
@@ -63,6 +63,6 @@ def _is_unchanged(backbone: nn.Layer) -> bool:
     """Whether it is a transformer of passl's, which may do less than its forward. Hooks are to see what they see
     elsewhere; a forward, or a block, of somebody's own has the last word.
     """
-    if getattr(backbone.forward, "__func__", None) is not TokenTransformer.forward or has_hooks(backbone):
+    if getattr(backbone.forward, "__func__", None) is not TokenTransformer.forward:
         return False
-    return all(type(block).forward is Block.forward for block in backbone.blocks)
+    return are_unchanged(backbone.blocks) and not has_hooks(backbone)
