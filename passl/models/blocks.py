@@ -105,7 +105,9 @@ class Block(nn.Layer):
         self, x: Tensor, mask: Optional[Tensor] = None, sizes: Optional[Sizes] = None, cls_only: bool = False
     ) -> Tensor:
         def attend(x: Tensor, mask: Optional[Tensor], sizes: Optional[Sizes]) -> Tensor:
-            return self.ls1(self.attn(self.norm1(x), mask, sizes, cls_only))
+            # Attention of somebody's own may know no more than tokens and their mask.
+            inputs = (mask, sizes, cls_only) if cls_only or sizes is not None else (mask,)
+            return self.ls1(self.attn(self.norm1(x), *inputs))
 
         def transform(x: Tensor, *_: object) -> Tensor:
             return self.ls2(self.mlp(self.norm2(x)))
@@ -116,8 +118,16 @@ class Block(nn.Layer):
 
 
 def are_unchanged(blocks: nn.LayerList) -> bool:
-    """Whether all are those of this file, without hooks. Others take batches alone, and give all tokens."""
-    return all(type(block).forward is Block.forward for block in blocks) and not has_hooks(blocks)
+    """Whether all are those of this file, with its own parts, and without hooks. Others take batches alone, and what
+    they do to [CLS] may take all tokens.
+    """
+    return all(_is_unchanged(block) for block in blocks) and not has_hooks(blocks)
+
+
+def _is_unchanged(block: nn.Layer) -> bool:
+    if type(block).forward is not Block.forward:
+        return False
+    return type(block.attn).forward is Attention.forward and isinstance(block.mlp, (Mlp, SwiGLU))
 
 
 class PatchEmbed(nn.Layer):

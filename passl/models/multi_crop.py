@@ -61,7 +61,7 @@ def features_of_crops(backbone: nn.Layer, crops: Sequence[Tensor]) -> Tensor:
 
 def _is_unchanged(backbone: nn.Layer) -> bool:
     """Whether it is a transformer of passl's, which may do less than its forward. Hooks are to see what they see
-    elsewhere; a forward, or a block, of somebody's own has the last word.
+    elsewhere; a forward, a block or a part of one of somebody's own has the last word.
     """
     if getattr(backbone.forward, "__func__", None) is not TokenTransformer.forward:
         return False
