@@ -51,7 +51,7 @@ class BatchMultiCrop:
         """
         import paddle
 
-        from passl.data.batch_pixels import render
+        from passl.data.batch_pixels import on_device, render
 
         # Half precision has too few digits for positions and too few levels for colours.
         with paddle.no_grad(), paddle.amp.auto_cast(enable=False):
@@ -61,7 +61,7 @@ class BatchMultiCrop:
             if not is_picture:
                 say_off("MultiCrop", channels, self.multi_crop.photometric)
             statistics = self.multi_crop.raw_backend.normalize.statistics_of(channels)
-            mean, std = (paddle.to_tensor(values, place=pixels.place) for values in statistics)
+            mean, std = (on_device(values, pixels) for values in statistics)
             result = {}
             for name, views in self._drawn(rng, batch, height, width).items():
                 size = self.multi_crop.recipes[name][0].size

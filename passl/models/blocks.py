@@ -15,6 +15,7 @@ from passl.models.layers import (
     Mlp,
     SwiGLU,
     check_image_size,
+    has_hooks,
     torch_uniform,
 )
 from passl.models.packs import Sizes
@@ -104,7 +105,9 @@ class Block(nn.Layer):
         self, x: Tensor, mask: Optional[Tensor] = None, sizes: Optional[Sizes] = None, cls_only: bool = False
     ) -> Tensor:
         def attend(x: Tensor, mask: Optional[Tensor], sizes: Optional[Sizes]) -> Tensor:
-            return self.ls1(self.attn(self.norm1(x), mask, sizes, cls_only))
+            # Attention of somebody's own may know no more than tokens and their mask.
+            inputs = (mask, sizes, cls_only) if cls_only or sizes is not None else (mask,)
+            return self.ls1(self.attn(self.norm1(x), *inputs))
 
         def transform(x: Tensor, *_: object) -> Tensor:
             return self.ls2(self.mlp(self.norm2(x)))
@@ -112,6 +115,19 @@ class Block(nn.Layer):
         shortcut, own_sizes = packs.first_tokens(x, sizes) if cls_only else (x, sizes)
         x = self.drop_path.add(shortcut, own_sizes, attend, x, mask, sizes)
         return self.drop_path.add(x, own_sizes, transform, x, None, own_sizes)
+
+
+def are_unchanged(blocks: nn.LayerList) -> bool:
+    """Whether all are those of this file, with its own parts, and without hooks. Others take batches alone, and what
+    they do to [CLS] may take all tokens.
+    """
+    return all(_is_unchanged(block) for block in blocks) and not has_hooks(blocks)
+
+
+def _is_unchanged(block: nn.Layer) -> bool:
+    if type(block).forward is not Block.forward:
+        return False
+    return type(block.attn).forward is Attention.forward and isinstance(block.mlp, (Mlp, SwiGLU))
 
 
 class PatchEmbed(nn.Layer):

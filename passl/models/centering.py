@@ -22,7 +22,13 @@ class CenteredLoss(nn.Layer):
     It changes in `update_center` only, never in `forward`, and stays zero with Sinkhorn-Knopp, which needs none.
     """
 
-    def __init__(self, out_dim: int, student_temp: float, center_momentum: float, centering: Centering) -> None:
+    def __init__(
+        self,
+        out_dim: int,
+        student_temp: float = 0.1,
+        center_momentum: float = 0.9,
+        centering: Centering = "softmax",
+    ) -> None:
         super().__init__()
         if not student_temp > 0:
             raise ValueError(f"student_temp ({student_temp}) must be positive")

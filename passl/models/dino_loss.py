@@ -5,7 +5,7 @@ from __future__ import annotations
 import paddle
 from paddle import Tensor
 
-from passl.models.centering import CenteredLoss, Centering
+from passl.models.centering import CenteredLoss
 from passl.models.functional import cross_entropy
 
 
@@ -15,15 +15,6 @@ class DINOLoss(CenteredLoss):
     Averaged over all pairs of a teacher view and another student view. `center` [1, K] is the running mean of the
     teacher's logits over the global batch; it changes in `update_center` only, never in `forward`.
     """
-
-    def __init__(
-        self,
-        out_dim: int,
-        student_temp: float = 0.1,
-        center_momentum: float = 0.9,
-        centering: Centering = "softmax",
-    ) -> None:
-        super().__init__(out_dim, student_temp, center_momentum, centering)
 
     def forward(self, student_logits: Tensor, teacher_logits: Tensor, teacher_temp: float) -> Tensor:
         """student_logits: [V*B, K], the two global views first; teacher_logits: [2*B, K] -> scalar."""

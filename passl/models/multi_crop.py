@@ -9,6 +9,7 @@ import paddle
 from paddle import Tensor, nn
 
 from passl.models import packs
+from passl.models.blocks import are_unchanged
 from passl.models.layers import has_hooks, in_full_precision
 from passl.models.vision_transformer import TokenTransformer
 
@@ -53,7 +54,15 @@ def features_of_crops(backbone: nn.Layer, crops: Sequence[Tensor]) -> Tensor:
     """
     if hasattr(backbone, "features_of_crops"):
         return backbone.features_of_crops(crops)
-    # Hooks see what they see elsewhere, and a forward of somebody's own has the last word.
-    if getattr(backbone.forward, "__func__", None) is TokenTransformer.forward and not has_hooks(backbone):
+    if _is_unchanged(backbone):
         return backbone.cls_of_crops(crops)
     return packs.concat([backbone(packs.concat(run)) for run in packs.runs_of_equal_sizes(crops)])
+
+
+def _is_unchanged(backbone: nn.Layer) -> bool:
+    """Whether it is a transformer of passl's, which may do less than its forward. Hooks are to see what they see
+    elsewhere; a forward, a block or a part of one of somebody's own has the last word.
+    """
+    if getattr(backbone.forward, "__func__", None) is not TokenTransformer.forward:
+        return False
+    return are_unchanged(backbone.blocks) and not has_hooks(backbone)

@@ -69,7 +69,7 @@ class SubsetDropPath(DropPath):
         sizes: Optional[Sizes],
     ) -> Tensor:
         if self.rate == 0.0 or not self.training:
-            return super().add(shortcut, shortcut_sizes, branch, x, mask, sizes)
+            return shortcut + branch(x, mask, sizes)
         # The rows of a batch are whole samples.
         rows_of, shortcut_rows_of = sizes or ((x.shape[0], 1),), shortcut_sizes or ((x.shape[0], 1),)
         kept = [min(max(int(batch * (1.0 - self.rate)), 1), batch) for batch, _ in rows_of]  # of none, none

@@ -11,8 +11,8 @@ import paddle
 from paddle import Tensor, nn
 
 from passl.models import functional, packs
-from passl.models.blocks import Block, PatchEmbed
-from passl.models.layers import INIT_STD, NORMAL_002, ZERO, LayerNorm, check_positive, has_hooks
+from passl.models.blocks import Block, PatchEmbed, are_unchanged
+from passl.models.layers import INIT_STD, NORMAL_002, ZERO, LayerNorm, check_positive
 from passl.models.positions import MODES, Mode, resize_matrix, symbolic_resize_matrices
 from passl.registry import BACKBONES
 
@@ -106,12 +106,12 @@ class TokenTransformer(nn.Layer):
         """Tokens of batches of different sizes [B_i, T_i, D] behind the blocks and the final norm.
 
         packed: whether the blocks run once for all, over a pack, not once for each batch. None: on a GPU, unless there
-        are hooks in the blocks, which see batches.
+        are hooks in the blocks, which see batches, or blocks of somebody's own.
         cls_only: the last block computes the first token of each sequence alone: [B_i, 1, D].
         """
         if packed is None:
             on_gpu = bool(batches) and paddle.in_dynamic_mode() and batches[0].place.is_gpu_place()
-            packed = on_gpu and not has_hooks(self.blocks)
+            packed = on_gpu and are_unchanged(self.blocks)
         if not packed or len(batches) < 2:
             return [self.norm(self._last_tokens(x, None, cls_only)) for x in batches]
         x, sizes = packs.pack(batches)
@@ -119,6 +119,10 @@ class TokenTransformer(nn.Layer):
         return packs.unpack(x, tuple((sequences, 1) for sequences, _ in sizes) if cls_only else sizes)
 
     def _last_tokens(self, x: Tensor, sizes: Optional[packs.Sizes], cls_only: bool) -> Tensor:
+        if sizes is None and not cls_only:
+            for block in self.blocks:
+                x = block(x)
+            return x
         for block in self.blocks[:-1]:
             x = block(x, None, sizes)
         return self.blocks[-1](x, None, sizes, cls_only)

@@ -17,6 +17,7 @@ import numpy as np
 import paddle
 from paddle import Tensor, nn
 
+from passl.models import functional
 from passl.models.positions import resize_matrix
 
 Pair = tuple[int, int]
@@ -275,7 +276,7 @@ def _like(value: Any, size: Pair) -> Any:
 def _resized(value: Tensor, place: Embedding, grid: Pair) -> Tensor:
     """[..., tokens + N, D] -> [..., tokens + rows * columns, D], bicubic."""
     rows, columns = (
-        paddle.to_tensor(resize_matrix("size", before, after, np.float32).astype(np.float32), place=value.place)
+        functional.tensor_of(resize_matrix("size", before, after, np.float32).astype(np.float32))
         for before, after in zip(place.grid, grid)
     )
     width = value.shape[-1]

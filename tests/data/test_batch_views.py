@@ -185,3 +185,14 @@ def test_bands_of_short_and_long_axes(length):
 def test_importing_it_does_not_import_paddle():
     program = "import sys, passl.data.batch_views; print('paddle' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout.strip() == "False"
+
+
+def test_no_call_leaves_memory_behind(monkeypatch):
+    """paddle.to_tensor does, 100 bytes each time."""
+    images, transform = tensor(pictures(3)), BatchMultiCrop(**SIZES)
+
+    def refuse(*_, **__):
+        raise AssertionError("paddle.to_tensor in what every step does")
+
+    monkeypatch.setattr(paddle, "to_tensor", refuse)
+    assert transform(images, np.random.default_rng(0))["local_crops"].shape == [9, 3, 16, 24]

@@ -225,6 +225,40 @@ def test_network_over_crops(backbone, hooked):
     assert [shape[0] for shape in seen] == ([3, 3] if hooked else [])
 
 
+class OwnBlock(paddle.nn.Layer):
+    def forward(self, x, mask=None):
+        return x + 1.0
+
+
+class OwnAttention(paddle.nn.Layer):
+    def forward(self, x, mask):
+        return x.mean(1, keepdim=True).expand_as(x)
+
+
+class OwnMlp(paddle.nn.Layer):
+    def forward(self, x):
+        return x - x.mean(1, keepdim=True)  # of all tokens
+
+
+@pytest.mark.parametrize("own", [OwnBlock, OwnAttention, OwnMlp])
+def test_blocks_of_somebodys_own(own):
+    backbone = VisionTransformer(16, 8, 3, 12, 2, 2)
+    places = {OwnBlock: (backbone.blocks, "1"), OwnAttention: (backbone.blocks[1], "attn")}
+    setattr(*places.get(own, (backbone.blocks[1], "mlp")), own())
+    network = MultiCropNetwork(backbone, paddle.nn.Identity())
+    crops = [paddle.randn([2, 3, 16, 16]), paddle.randn([3, 3, 8, 8])]
+    expected = [backbone.norm(_through(backbone, crop)) for crop in crops]
+    assert_same(backbone.forward_crops(crops), expected, 1e-6)
+    assert_same([network(crops)], [paddle.concat([tokens[:, 0] for tokens in expected])], 1e-6)
+
+
+def _through(backbone, images):
+    x = backbone.prepare_tokens(images)
+    for block in backbone.blocks:
+        x = block(x)
+    return x
+
+
 def test_the_last_block_computes_the_cls_alone(monkeypatch):
     network = MultiCropNetwork(VisionTransformer(16, 8, 3, 12, 2, 2), paddle.nn.Identity())
     tokens = []

@@ -165,6 +165,21 @@ def test_evaluation_and_rate_zero():
 
 
 @pytest.mark.smoke
+def test_export(tmp_path):
+    """A static program of a network that was trained so."""
+    paddle.seed(0)
+    model = VisionTransformer(16, 8, 3, 12, 2, 2, drop_path_rate=RATE, drop_path_subset=True)
+    model.train()
+    images = paddle.randn([3, 3, 16, 16])
+    model(images).sum().backward()
+    model.eval()
+    expected = model(images).numpy()
+    spec = paddle.static.InputSpec([None, 3, 16, 16], "float32")
+    paddle.jit.save(model, str(tmp_path / "model"), input_spec=[spec])
+    assert np.abs(paddle.jit.load(str(tmp_path / "model"))(images).numpy() - expected).max() < 1e-6
+
+
+@pytest.mark.smoke
 def test_draws_come_from_the_generator_of_paddle():
     model = VisionTransformer(16, 8, 3, 12, 2, 2, drop_path_rate=RATE, drop_path_subset=True)
     model.train()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import paddle
 from paddle import Tensor
 
-from passl.models.centering import CenteredLoss, Centering
+from passl.models.centering import CenteredLoss
 from passl.models.functional import cross_entropy
 
 
@@ -14,15 +14,6 @@ class IBOTLoss(CenteredLoss):
 
     Every image counts the same, however many of its patches are hidden; those without hidden patches count as zero.
     """
-
-    def __init__(
-        self,
-        out_dim: int,
-        student_temp: float = 0.1,
-        center_momentum: float = 0.9,
-        centering: Centering = "softmax",
-    ) -> None:
-        super().__init__(out_dim, student_temp, center_momentum, centering)
 
     def forward(
         self, student_logits: Tensor, teacher_logits: Tensor, weights: Tensor, num_images: int, teacher_temp: float
