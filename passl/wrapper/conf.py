@@ -89,9 +89,9 @@ class Settings:
     return_layer: Union[str, Sequence[str], None] = None
     preprocess_func: Optional[Callable[[Any], Any]] = None
     # head
-    out_dim: int = 2048
-    hidden_dim: int = 512
-    bottleneck_dim: int = 128
+    out_dim: int = 512
+    hidden_dim: int = 256
+    bottleneck_dim: int = 64
     num_layers: int = 3
     use_bn: bool = True
     norm_last_layer: bool = True
@@ -102,7 +102,7 @@ class Settings:
     teacher_temp: Optional[float] = None
     warmup_teacher_temp_epochs: Optional[int] = None
     center_momentum: float = 0.9
-    centering: Literal["softmax", "sinkhorn"] = "softmax"
+    centering: Literal["softmax", "sinkhorn"] = "sinkhorn"
     koleo_loss_weight: float = 0.1
     ibot_loss_weight: float = 1.0
     mask_prob: float = 0.5
