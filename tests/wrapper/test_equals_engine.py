@@ -24,7 +24,7 @@ def method(version: str, backbone: object) -> SelfDistillation:
     if version == "v1":
         return DINO(backbone, head, freeze_last_layer=0)
     weight = 1.0 if backbone is HIDING else 0.0
-    return DINOv2(backbone, head, freeze_last_layer=0, ibot_loss_weight=weight, layer_decay=1.0)
+    return DINOv2(backbone, head, freeze_last_layer=0, centering="sinkhorn", ibot_loss_weight=weight, layer_decay=1.0)
 
 
 def with_weights_of(engine: SelfDistillation, backbone: object, version: str, **settings: object) -> DINOWrapper:

@@ -55,7 +55,8 @@ def test_a_saved_state_goes_on_in_another_process(version, tmp_path):
     train(wrapper, 2)
     paddle.save(wrapper.state_dict(), str(tmp_path / "half.pdparams"))
     found = ast.literal_eval(run(FOLDER / "continue_job.py", tmp_path, version).splitlines()[-1])
-    assert found == train(wrapper, 2, start=2)
+    # To rounding: Paddle's switches, which other tests leave as they like, choose among kernels.
+    assert found == pytest.approx(train(wrapper, 2, start=2), rel=1e-5)
 
 
 def test_a_state_holds_student_teacher_heads_and_centre():
